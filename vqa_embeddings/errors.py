@@ -1,0 +1,35 @@
+"""The two ways in which this program says no: to a whole launch, and to a single row."""
+
+
+class Refused(Exception):
+    """The input, the arguments or the output folder are refused before any work: exit status 2.
+
+    The message is one sentence for the user: what was found, what was expected, what to do.
+    """
+
+
+class RowFailed(Exception):
+    """One row cannot be extracted. It is recorded as data, and the others go on.
+
+    The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`.
+    """
+
+
+class PictureNotFound(RowFailed):
+    """No file lies where the row's picture should be."""
+
+
+class PictureOutsideFolder(RowFailed):
+    """The row's picture is named by an absolute path, or by one that climbs out of the folder."""
+
+
+class PictureUnreadable(RowFailed):
+    """The file is there, but no picture can be made of it."""
+
+
+class PromptTooLong(RowFailed):
+    """The prompt has more tokens than the model's context."""
+
+
+class NonFiniteValues(RowFailed):
+    """A vector of the row holds a NaN or an infinity."""

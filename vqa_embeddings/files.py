@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all: write aside, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp"
+DAMAGED = ".damaged"
+
+
+def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -> None:
+    """Let `write` make a temporary file beside `path`, and give it its final name once it is on the disk.
+
+    Readers see the old file or the new one, never half of one. With `replace=False` a file that is already
+    there stays, also against a writer at the same moment.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write(temporary)
+        sync(temporary)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
+    except FileExistsError:
+        return
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the next best, which two writers at once could cross
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
+
+
+def publish_text(path: Path, text: str, *, replace: bool = True) -> None:
+    """`publish` for a short text, encoded as UTF-8 with its line ends as they are."""
+    publish(path, lambda temporary: temporary.write_bytes(text.encode()), replace=replace)
+
+
+def publish_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """`publish` for a JSON document that people read too."""
+    publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", replace=replace)
+
+
+def publish_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """`publish` for a CSV file."""
+    publish(path, lambda temporary: write_csv(temporary, header, rows))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV file, UTF-8, with `\\n` line ends."""
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged file, so that what it held is missing again. Nothing is deleted, nothing overwritten."""
+    target = path.with_name(path.name + DAMAGED)
+    if target.exists():
+        target = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DAMAGED}")
+    with suppress(FileNotFoundError):  # another merge was faster
+        path.rename(target)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of the whole file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""The options of both programs: parsed, checked, and kept in one frozen dataclass each. Imports nothing slow."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = "microsoft/Phi-4-multimodal-instruct"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
+LORA = ("merged", "adapter")
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What `extract_dist.py` was asked to do. With `--demo`, `None` stands for the demo's own."""
+
+    vqa_dataset: Path | None
+    images_dir: Path | None
+    output_dir: Path
+    model: str | None
+    revision: str | None
+    cache_dir: Path
+    checkpoint_interval: int
+    test: bool
+    demo: bool
+    dtype: str
+    attn_implementation: str
+    batch_size: int
+    max_new_tokens: int
+    num_workers: int
+    slice: tuple[int, int] | None
+    retry_failed: bool
+    lora: str
+    pixel_mean: bool
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What `merge_shards.py` was asked to do."""
+
+    output_dir: Path
+    check: bool
+    verify: bool
+    part_size: int
+    compression: str
+    jobs: int
+    prune: bool
+
+
+def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> ExtractOptions:
+    """Read the arguments of `extract_dist.py`; what cannot be right ends the program with status 2."""
+    parser = _parser(usage)
+    add = parser.add_argument_group("published options").add_argument
+    add("--vqa-dataset", type=Path, metavar="CSV", help="table of the questions (required unless --demo)")
+    add("--images-dir", type=Path, metavar="DIR", help="folder of the pictures (required unless --demo)")
+    add("--output-dir", type=Path, metavar="OUT", default="./output", help="where shards and parts go (%(default)s)")
+    add("--model", help=f"hub name or folder of the checkpoint (default: {MODEL})")
+    add("--cache-dir", type=Path, metavar="DIR", default="./model_cache", help="where downloads go (%(default)s)")
+    add("--checkpoint-interval", type=_positive, metavar="N", default=1000, help="rows of a segment (%(default)s)")
+    add("--test", action="store_true", help="extract 3 rows only, sampled with seed 42")
+
+    add = parser.add_argument_group("more options").add_argument
+    add("--revision", help="revision of a hub model (default: the one with the native layout)")
+    add("--demo", action="store_true", help="small random model, shipped photographs: no network, no GPU needed")
+    add("--dtype", choices=DTYPES, default="auto", help="number format of the model (%(default)s)")
+    add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")
+    add("--batch-size", type=_positive, metavar="N", default=16, help="questions answered together (%(default)s)")
+    add("--max-new-tokens", type=_positive, metavar="N", default=200, help="tokens of the longest answer (%(default)s)")
+    add("--num-workers", type=_natural, metavar="N", default=2, help="threads that read pictures ahead (%(default)s)")
+    add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
+    add("--retry-failed", action="store_true", help="extract the rows that failed before, and only those")
+    add("--lora", choices=LORA, default="merged", help="vision LoRA added to the weights, or as layers (%(default)s)")
+    add("--pixel-mean", action="store_true", help="also store the published script's mean of the pixels, [448]")
+
+    options = ExtractOptions(**vars(parser.parse_args(argv)))
+    missing = [name for name in ("vqa_dataset", "images_dir") if getattr(options, name) is None]
+    if missing and not options.demo:
+        names = " and ".join("--" + name.replace("_", "-") for name in missing)
+        parser.error(f"{names} not given: name the CSV and the picture folder, or try --demo")
+    return options
+
+
+def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOptions:
+    """Read the arguments of `merge_shards.py`; what cannot be right ends the program with status 2."""
+    parser = _parser(usage)
+    add = parser.add_argument
+    add("--output-dir", type=Path, metavar="OUT", default="./output", help="output of the extraction (%(default)s)")
+    add("--check", action="store_true", help="say what is done and what is missing, and write nothing")
+    add("--verify", action="store_true", help="hash the parts that are already there too, and mend damaged ones")
+    add("--part-size", type=_positive, metavar="S", default=1000, help="rows of the CSV in a part (%(default)s)")
+    add("--compression", choices=["none", "gzip"], default="none", help="gzip as published, or none (%(default)s)")
+    add("--jobs", type=_positive, metavar="N", default=1, help="processes that write parts (%(default)s)")
+    add("--prune", action="store_true", help="then remove the segments whose rows all lie in verified parts")
+    return MergeOptions(**vars(parser.parse_args(argv)))
+
+
+def _parser(usage: str | None) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=usage, formatter_class=formatter, allow_abbrev=False)
+
+
+def _natural(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return value
+
+
+def _slice(text: str) -> tuple[int, int]:
+    first, slash, second = text.partition("/")
+    if not (slash and first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 0/4")
+    index, count = int(first), int(second)
+    if index >= count:
+        raise argparse.ArgumentTypeError(f"{text!r} asks for slice {index} of {count}; i runs from 0 to n-1")
+    return index, count

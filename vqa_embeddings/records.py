@@ -1,0 +1,28 @@
+"""What becomes of a row: its values, or the reason why it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The values of one row; `row` is its position in the table, from 0."""
+
+    row: int
+    vision_only: np.ndarray  # float32 [vision]
+    vision_token: np.ndarray  # float32 [layers, hidden]
+    query_token: np.ndarray  # float32 [layers, hidden]
+    pixel_mean: np.ndarray  # float32 [448]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that has no values, and why."""
+
+    row: int
+    error: str
+    message: str
