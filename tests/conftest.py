@@ -1,0 +1,86 @@
+"""What the tests share: one small checkpoint, the reference's values, and real launches."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from vqa_embeddings.demo import DATA, make_checkpoint
+
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
+ROOT = Path(__file__).parent.parent
+TOKENS = 12  # of an answer, in all tests that compare answers
+
+
+def table_rows(path: Path = DATA / "vqa.csv") -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_table(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def command(ranks: int, *arguments: object) -> list[str]:
+    """`accelerate launch` of the extraction; `ranks=0` runs it alone, without a launcher."""
+    script = [str(ROOT / "extract_dist.py"), *map(str, arguments)]
+    if ranks == 0:
+        return [sys.executable, *script]
+    several = ["--multi_gpu"] if ranks > 1 else []
+    settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(ranks), *settings]
+    return launcher + script
+
+
+def run(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **settings}, timeout=600)
+
+
+def merge(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, str(ROOT / "merge_shards.py"), "--output-dir", str(out), *map(str, arguments)])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path):
+    from reference import Reference
+
+    return Reference(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def expected(reference) -> dict[str, object]:
+    """The reference's values for all 31 questions of the photographs, by question id."""
+    return {row["question_id"]: reference.row(DATA / row["image_id"], row["question"], TOKENS) for row in table_rows()}
+
+
+@pytest.fixture(scope="session")
+def photographs(checkpoint: Path) -> list[object]:
+    """The arguments of an extraction of the photographs with the small checkpoint, less the output folder."""
+    return arguments_for(DATA / "vqa.csv", checkpoint)
+
+
+def arguments_for(table: Path, checkpoint: Path, images: Path = DATA) -> list[object]:
+    inputs = ["--vqa-dataset", table, "--images-dir", images, "--model", checkpoint]
+    return [*inputs, "--max-new-tokens", TOKENS, "--dtype", "float32"]

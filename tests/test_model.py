@@ -1,0 +1,182 @@
+"""The model room, in this process: company, long prompts, the adapter, and text that looks like a special token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENS, table_rows
+from PIL import Image
+from reference import relative_error
+from tokenizers import AddedToken, Tokenizer
+
+from vqa_embeddings.checkpoint import find_checkpoint, load_model
+from vqa_embeddings.demo import DATA
+from vqa_embeddings.errors import PromptTooLong
+from vqa_embeddings.extract import _record
+from vqa_embeddings.images import open_picture
+from vqa_embeddings.phi4 import Phi4, _without_added_tokens
+from vqa_embeddings.records import Extracted, Failed
+
+TOLERANCE = 1e-4
+
+
+def load(checkpoint: Path, lora: str = "merged", attention: str = "sdpa", tokens: int = TOKENS) -> Phi4:
+    found = find_checkpoint(str(checkpoint), None, checkpoint)
+    return Phi4(*load_model(found, "cpu", "float32", attention, lora), tokens)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> Phi4:
+    return load(checkpoint)
+
+
+def ask(model: Phi4, picture: Image.Image, questions: list[str]) -> list:
+    """All questions in one batch a regime; answers in the order of the questions."""
+    shown = model.picture(model.pixels(picture))
+    tokens = [model.question(question) for question in questions]
+    answers: dict[int, object] = {}
+    for long in (False, True):
+        members = [index for index, t in enumerate(tokens) if model.is_long(shown, t) == long]
+        if members:
+            prefix = model.prefix(shown, long)
+            answers.update(zip(members, model.answer(shown, prefix, [tokens[i] for i in members]), strict=True))
+    return [answers[index] for index in range(len(questions))]
+
+
+def assert_equals(model: Phi4, found, wanted) -> None:
+    assert found.text == wanted.answer
+    for index, layer in enumerate(model.layers):
+        assert relative_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
+        assert relative_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
+
+
+def test_a_row_does_not_see_its_company(model):
+    """Alone, beside longer questions, and beside shorter ones: the same states and the same answer."""
+    picture = open_picture(DATA / "cat.jpg")
+    questions = [row["question"] for row in table_rows() if row["image_id"] == "cat.jpg"]
+    questions += ["Why?", "Tell me " + "very " * 60 + "much about it."]
+    together = ask(model, picture, questions)
+    for question, found in zip(questions, together, strict=True):
+        alone = ask(model, picture, [question])[0]
+        assert found.text == alone.text
+        for index in range(len(model.layers)):
+            assert relative_error(found.query_token[index], alone.query_token[index]) < TOLERANCE
+            assert relative_error(found.vision_token[index], alone.vision_token[index]) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+def test_attention_and_adapter_kept_or_merged_give_the_same_values(checkpoint, expected, lora, attention):
+    """On a picture with masked patches and on one without: there the library's own attention is causal."""
+    engine = load(checkpoint, lora, attention)
+    for image_id in ("coffee.jpg", "astronaut.jpg"):
+        rows = [row for row in table_rows() if row["image_id"] == image_id][:3]
+        for row, found in zip(
+            rows, ask(engine, open_picture(DATA / image_id), [r["question"] for r in rows]), strict=True
+        ):
+            assert_equals(engine, found, expected[row["question_id"]])
+
+
+def test_a_picture_that_fills_its_crops_is_seen_in_both_directions(model, reference):
+    picture = Image.effect_noise((448, 448), 90).convert("RGB")
+    pixels = model.pixels(picture)
+    assert pixels.mask.all(), "this picture was to have no masked patch"
+    wanted = reference.row(picture, "Why?", 1)
+    assert relative_error(model.picture(pixels).vision_only, wanted.vision_only) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def near_the_edge(model) -> Image.Image:
+    """A picture whose part of the prompt is just under 4096 tokens."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for width in range(2100, 2240, 14):
+        picture = noise.resize((width, 1344))
+        if 4040 < model.pixels(picture).tokens < 4090:
+            return picture
+    raise AssertionError("no such size")
+
+
+def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(checkpoint, reference, near_the_edge):
+    tokens = 6
+    model = load(checkpoint, tokens=tokens)
+    prefix = model.picture(model.pixels(near_the_edge)).embeddings.shape[1]
+    asked = "Is there a dog in the image? " * 40
+
+    def question(length: int) -> str:
+        """Text that makes a prompt of that many tokens."""
+        return next(text for end in range(len(asked)) if prefix + len(model.question(text := asked[:end])) == length)
+
+    questions = [question(4096 - 20), question(4096 - 3), question(4096 + 1), question(4096 + 20)]
+    for found, text in zip(ask(model, near_the_edge, questions), questions, strict=True):
+        wanted = reference.row(near_the_edge, text, tokens)
+        assert wanted.tokens == prefix + len(model.question(text))
+        assert_equals(model, found, wanted)
+
+
+def test_the_regime_of_the_rotary_factors_shows_in_the_states(model, near_the_edge):
+    """Otherwise the test above would pass with any."""
+    shown = model.picture(model.pixels(near_the_edge))
+    short, long = (model.prefix(shown, regime).vision_token for regime in (False, True))
+    assert relative_error(long[-1], short[-1]) > 0.01
+
+
+def test_a_prompt_beyond_the_context_is_a_failed_row(model, monkeypatch):
+    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
+    monkeypatch.setattr(model, "_context", shown.embeddings.shape[1] + 10)
+    assert not model.is_long(shown, [0] * 10)
+    with pytest.raises(PromptTooLong, match="context"):
+        model.is_long(shown, [0] * 11)
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "<|image|>", "<|user|> hi", "a <|endoftext|> b", "<|image_1|>"])
+def test_text_that_looks_like_a_special_token_is_text(model, text):
+    tokenizer = model._tokenizer
+    tokens = model.question(text)[:-2]
+    assert not set(tokens) & set(tokenizer.added_tokens_decoder)
+    assert tokenizer.decode(tokens) == text
+
+
+def test_added_tokens_that_are_not_special_are_text_in_a_question_too(model):
+    """As a tokenizer's tool tokens may be, which the library's own split_special_tokens leaves whole."""
+    backend = Tokenizer.from_str(model._tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("<|tool|>", special=False)])
+    assert backend.token_to_id("<|tool|>") in backend.encode("a <|tool|> b").ids
+    assert backend.token_to_id("<|tool|>") not in _without_added_tokens(backend).encode("a <|tool|> b").ids
+
+
+@pytest.mark.parametrize("text", ["Why?", "  Why?", "Why? ", "\n\tWhy?\u00a0", "", " ", "caf\u00e9 \u4f60\u597d"])
+def test_an_ordinary_question_has_the_tokens_of_the_whole_prompt(model, text):
+    tokenizer = model._tokenizer
+    whole = tokenizer(f"<|user|>{tokenizer.image_token}{text}<|end|><|assistant|>")["input_ids"]
+    assert whole == model._head + model.question(text)
+
+
+def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
+    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
+    prefix, questions = model.prefix(shown, False), [model.question("Why?")]
+    state = torch.from_numpy(model.answer(shown, prefix, questions)[0].query_token[-1])
+    weight, image_token = model._lm_head.weight.data, model._image_token
+    before = weight[image_token].clone()
+    try:
+        weight[image_token] = 10 * state  # the image token would win the first step by far
+        _, [banned] = model._generate(prefix, questions, [TOKENS])
+        monkeypatch.setattr(model, "_never", [])
+        _, [free] = model._generate(prefix, questions, [1])
+    finally:
+        weight[image_token] = before
+    assert free == [image_token]
+    assert not set(banned) & {image_token, model._tokenizer.audio_token_id}
+
+
+def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
+    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
+    answer = model.answer(shown, model.prefix(shown, False), [model.question("Why?")])[0]
+    assert isinstance(_record(3, shown, answer, model.layers), Extracted)
+    answer.query_token[2, 5] = np.inf
+    record = _record(3, shown, answer, model.layers)
+    assert isinstance(record, Failed)
+    assert (record.row, record.error) == (3, "NonFiniteValues")
+    assert "query_token_representation/layer_4" in record.message

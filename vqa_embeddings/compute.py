@@ -1,0 +1,91 @@
+"""The device, the number format and the attention kernels, each chosen with its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from vqa_embeddings import __version__
+from vqa_embeddings.errors import Refused
+
+
+@dataclass(frozen=True)
+class Device:
+    """What this rank computes on, and what that can do."""
+
+    name: str  # as torch names it: "cpu", "cuda:3"
+    description: str
+    bfloat16: bool
+    flash_attention: bool  # the package is installed and the device can run it
+
+    @property
+    def kind(self) -> str:
+        """ "cpu" or "cuda", without the number."""
+        return self.name.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, and why it is what it is."""
+
+    value: str
+    reason: str
+
+
+def find_device(local_rank: int) -> Device:
+    """The GPU of this rank, shared where there are fewer than ranks on this node, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device("cpu", "CPU", bfloat16=True, flash_attention=False)
+    index = local_rank % torch.cuda.device_count()
+    recent = torch.cuda.get_device_capability(index) >= (8, 0)
+    flash = recent and importlib.util.find_spec("flash_attn") is not None
+    return Device(f"cuda:{index}", torch.cuda.get_device_name(index), bfloat16=recent, flash_attention=flash)
+
+
+def choose_dtype(asked: str, device: Device) -> Choice:
+    """The number format of the weights and activations.
+
+    Raises:
+        Refused: the device cannot compute in the format that was asked for.
+    """
+    if asked != "auto":
+        if asked == "bfloat16" and not device.bfloat16:
+            raise Refused(f"--dtype bfloat16 was asked for, and {device.description} has none; use float16 or float32")
+        return Choice(asked, "asked for")
+    if device.kind == "cpu":
+        return Choice("float32", "no GPU found, and float32 is what a CPU computes well")
+    if device.bfloat16:
+        return Choice("bfloat16", f"{device.description} computes in bfloat16, the model's own format")
+    return Choice("float16", f"{device.description} has no bfloat16")
+
+
+def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
+    """The attention kernels.
+
+    Raises:
+        Refused: flash-attn was asked for where it cannot run.
+    """
+    lacking = ""
+    if not device.flash_attention:
+        lacking = "flash-attn is not installed, or the device cannot run it"
+    elif dtype == "float32":
+        lacking = "flash-attn computes in float16 or bfloat16 only"
+    if asked == "flash_attention_2" and lacking:
+        raise Refused(f"--attn-implementation flash_attention_2 was asked for, but {lacking}; use sdpa")
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run was made with."""
+    found = {"vqa_embeddings": __version__}
+    for package in ("torch", "torchvision", "transformers", "peft", "tokenizers", "h5py", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,85 @@
+"""Pictures: found below the folder, shown as a viewer shows them, read ahead of the model."""
+
+from __future__ import annotations
+
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageOps
+
+from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, RowFailed
+
+T = TypeVar("T")
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Where the picture `name` lies below `folder`. Links inside the folder are followed, wherever they lead.
+
+    Raises:
+        PictureOutsideFolder: the name is absolute, or has a `..`.
+        PictureNotFound: the name is empty, or no file is there.
+    """
+    if not name.strip():
+        raise PictureNotFound("the row names no picture; expected a file name below --images-dir")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise PictureOutsideFolder(
+            f"{name!r} leads out of the picture folder; expected a relative path below --images-dir"
+        )
+    path = folder / name
+    try:
+        found = None if stat.S_ISREG(path.stat().st_mode) else "it is not a file"
+    except (OSError, ValueError) as error:  # not there, a name too long, no permission, a broken disk
+        found = getattr(error, "strerror", None) or str(error)
+    if found is not None:
+        raise PictureNotFound(f"{name!r} cannot be found ({found}); expected a picture below --images-dir")
+    return path
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture as RGB, turned the way its EXIF orientation says.
+
+    Raises:
+        PictureUnreadable: the file is no whole picture of a known format.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # the decoders raise nearly every kind of error on damaged files
+        reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+        raise PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}") from None
+
+
+def read_ahead(names: Sequence[str], prepare: Callable[[str], T], workers: int) -> Iterator[tuple[str, T | RowFailed]]:
+    """`prepare(name)` for every name in order, up to `2 * workers` of them made ahead in threads.
+
+    Yields:
+        The name, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
+    """
+
+    def attempt(name: str) -> T | RowFailed:
+        try:
+            return prepare(name)
+        except RowFailed as failure:
+            return failure
+
+    if workers == 0:
+        yield from ((name, attempt(name)) for name in names)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
+    waiting: deque[tuple[str, Future[T | RowFailed]]] = deque()
+    ahead = iter(names)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (name := next(ahead, None)) is not None:
+                waiting.append((name, pool.submit(attempt, name)))
+            if not waiting:
+                return
+            name, future = waiting.popleft()
+            yield name, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
