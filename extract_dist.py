@@ -1,0 +1,86 @@
+"""Extract hidden-state vectors and answers of Phi-4-multimodal for every row of a VQA table.
+
+A small example, which needs no GPU and no network:
+    python extract_dist.py --demo
+One node with eight GPUs:
+    accelerate launch --multi_gpu --num_processes 8 extract_dist.py --vqa-dataset vqa.csv --images-dir images
+One task of a Slurm array (its slice is the array's; --slice 0/4 says it by hand):
+    srun python extract_dist.py --vqa-dataset vqa.csv --images-dir images
+
+Killed, preempted or stopped, the same command goes on after the last committed segment, with any number of ranks.
+Afterwards: python merge_shards.py --output-dir OUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.options import ExtractOptions, parse_extract
+from vqa_embeddings.voice import refuse, say, say_for_rank
+from vqa_embeddings.world import StopFlag, World, read_world
+
+# What is imported further down is slow, and --help and a refusal should not have to wait for it.
+
+
+def main() -> int:
+    """Parse and run. Returns the exit status: 0 done, or stopped by a signal; 2 refused before any work."""
+    options = parse_extract(__doc__)
+    world = World()
+    try:
+        world = read_world()
+        extract_share(options, world)
+    except Refused as refusal:
+        return refuse(refusal, world)
+    return 0
+
+
+def extract_share(options: ExtractOptions, world: World) -> None:
+    """Do what this rank has to do: plan, load, loop, report."""
+    from vqa_embeddings.checkpoint import find_checkpoint, load_model
+    from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
+    from vqa_embeddings.demo import NOTICE, demo_options
+    from vqa_embeddings.launch import describe_run, read_input, start
+    from vqa_embeddings.options import MODEL
+    from vqa_embeddings.progress import Progress, say_plan
+    from vqa_embeddings.run import check_run, claim_run
+    from vqa_embeddings.shards import ShardWriter
+
+    if options.demo:
+        if options.model is None:
+            say(world, NOTICE)
+        options = demo_options(options)
+    table, write_rows = read_input(options)
+    checkpoint = find_checkpoint(options.model or MODEL, options.revision, options.cache_dir)
+    device = find_device(world.local_rank)
+    dtype = choose_dtype(options.dtype, device)
+    attention = choose_attention(options.attn_implementation, dtype.value, device)
+    run = describe_run(options, table, checkpoint, device, dtype, attention)
+    check_run(options.output_dir, run)
+    launch = start(options, world, run, table)
+    say_plan(world, options, run, launch, device, dtype, attention)
+    if not launch.rows:
+        return
+
+    stop = StopFlag().install()
+    from vqa_embeddings.extract import extract
+    from vqa_embeddings.phi4 import Phi4
+
+    model, processor = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
+    engine = Phi4(model, processor, options.max_new_tokens)
+    claim_run(options.output_dir, run, write_rows)
+    assert options.images_dir is not None
+    batches = extract(engine, table, launch.rows, options.images_dir, options.batch_size, options.num_workers)
+    shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
+    with shard, Progress(world, len(launch.rows)) as bar:
+        while not stop and (records := next(batches, None)) is not None:
+            shard.add(records)
+            bar.update(records)
+    left = len(launch.rows) - shard.committed
+    say_for_rank(world, f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left")
+    if stop:
+        say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What an output folder holds of its run: read by the extraction, to go on, and by the merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqa_embeddings.coverage import Coverage, cover
+from vqa_embeddings.parts import Part, read_parts
+from vqa_embeddings.records import Failed
+from vqa_embeddings.run import Run
+from vqa_embeddings.shards import Corrupt, Segment, read_segments
+from vqa_embeddings.table import Table
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """The run, its table, and the files that hold rows of it."""
+
+    run: Run
+    table: Table
+    segments: list[Segment]
+    parts: list[Part]
+    corrupt: list[Corrupt]
+
+    def coverage(self) -> Coverage:
+        """What has become of every row."""
+        return cover(
+            len(self.table),
+            [segment.rows for segment in self.segments],
+            [part.rows for part in self.parts],
+            (failed.row for segment in self.segments for failed in segment.failed),
+        )
+
+    def failures(self) -> dict[int, Failed]:
+        """Why rows failed, by row: the last reason that was recorded, as launches are named after their start."""
+        return {failed.row: failed for segment in self.segments for failed in segment.failed}
+
+
+def look(folder: Path, run: Run, table: Table, verify: bool = False) -> Holdings:
+    """Read what the folder holds: names and row numbers and, where asked, whether every segment's checksum holds."""
+    segments, corrupt = read_segments(folder, run, verify)
+    parts, damaged = read_parts(folder, run, table)
+    return Holdings(run, table, segments, parts, corrupt + damaged)

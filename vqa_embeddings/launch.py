@@ -1,0 +1,102 @@
+"""The start of a launch: what there is to do, agreed upon by all its ranks before any of them begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqa_embeddings.checkpoint import Checkpoint
+from vqa_embeddings.compute import Choice, Device, versions
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.files import write_csv
+from vqa_embeddings.holdings import look
+from vqa_embeddings.options import ExtractOptions
+from vqa_embeddings.plan import pack, share_rows, unpack
+from vqa_embeddings.run import SHARDS_FOLDER, Run
+from vqa_embeddings.table import Table, read_rows, read_table, sample, select
+from vqa_embeddings.world import World, from_rank_zero, new_launch, read_array_slice
+
+TEST_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as one of its ranks sees it."""
+
+    name: str
+    slice: tuple[int, int]
+    slice_rows: int  # rows of the table in the slice
+    slice_pending: int  # of them, those that this launch is to do
+    rows: list[int]  # of them, those of this rank, picture after picture
+
+
+def read_input(options: ExtractOptions) -> tuple[Table, Callable[[Path], object]]:
+    """The table to extract, and what writes it as a CSV: the input as it was, or the three rows of `--test`.
+
+    Raises:
+        Refused: the CSV or the picture folder cannot be used.
+    """
+    path, images = options.vqa_dataset, options.images_dir
+    assert path is not None and images is not None  # parse_extract and demo_options see to it
+    table = read_table(path)
+    if not images.is_dir():
+        found = "is a file" if images.exists() else "is not there"
+        raise Refused(f"{images} {found}; expected the folder of pictures, check --images-dir")
+    if not options.test:
+        return table, lambda target: target.write_bytes(path.read_bytes())
+    chosen = sample(len(table), TEST_ROWS)
+
+    def write_sample(target: Path) -> None:
+        header, rows = read_rows(path)
+        wanted = set(chosen)
+        write_csv(target, header, (row for position, row in enumerate(rows) if position in wanted))
+
+    return select(table, chosen), write_sample
+
+
+def describe_run(
+    options: ExtractOptions, table: Table, checkpoint: Checkpoint, device: Device, dtype: Choice, attention: Choice
+) -> Run:
+    """The run that these options ask for."""
+    return Run(
+        rows=len(table),
+        rows_sha256=table.fingerprint(),
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        model_sha256=checkpoint.fingerprint,
+        layout=checkpoint.layout,
+        lora=options.lora,
+        dtype=dtype.value,
+        attn_implementation=attention.value,
+        layers=checkpoint.layers,
+        max_new_tokens=options.max_new_tokens,
+        pixel_mean=options.pixel_mean,
+        hidden_size=checkpoint.hidden_size,
+        vision_size=checkpoint.vision_size,
+        device=device.kind,
+        versions=versions(),
+    )
+
+
+def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Launch:
+    """Agree on the launch's name and on what is still to do, and take this rank's share of it.
+
+    Only rank 0 reads what the folder holds: what the others would read a moment later might differ, and with it
+    their shares.
+    """
+    folder = options.output_dir
+
+    def decide() -> bytes:
+        coverage = look(folder, run, table).coverage()
+        pending = coverage.failed if options.retry_failed else coverage.missing
+        return new_launch().encode() + b"\n" + pack(pending)
+
+    name, _, packed = from_rank_zero(world, folder / SHARDS_FOLDER, decide).partition(b"\n")
+    pending = unpack(packed, len(table))
+    part = options.slice or read_array_slice() or (0, 1)
+    inside, rows = share_rows(table.pictures(), pending, part, world.rank, world.size, world.can_agree)
+    todo = int(np.count_nonzero(inside & pending))
+    return Launch(name.decode(), part, int(np.count_nonzero(inside)), todo, rows.tolist())

@@ -1,0 +1,166 @@
+"""What one output folder holds: `run.json`, the rows it is about, and the refusal to mix two runs in it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.files import publish, publish_json
+from vqa_embeddings.table import Table, read_table
+
+RUN_FILE = "run.json"
+ROWS_FILE = "rows.csv"
+COVERAGE_FILE = "coverage.json"
+SHARDS_FOLDER = "shards"
+MODEL_TYPE = "phi-4-multimodal"
+
+# What every launch into one folder must agree on, and how an error names it. The rest of a run is only recorded:
+# the same weights under another path are the same model, and its vectors do not depend on the kind of device.
+IDENTITY = {
+    "rows": "number of rows of the CSV",
+    "rows_sha256": "rows of the CSV",
+    "model_sha256": "model",
+    "layout": "checkpoint layout",
+    "lora": "--lora",
+    "dtype": "--dtype",
+    "attn_implementation": "--attn-implementation",
+    "layers": "layers",
+    "max_new_tokens": "--max-new-tokens",
+    "pixel_mean": "--pixel-mean",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an output folder's run extracts, as `run.json` has it. Sizes are lengths of vectors."""
+
+    rows: int
+    rows_sha256: str
+    model: str
+    revision: str
+    model_sha256: str
+    layout: str
+    lora: str
+    dtype: str
+    attn_implementation: str
+    layers: list[int]
+    max_new_tokens: int
+    pixel_mean: bool
+    hidden_size: int
+    vision_size: int
+    device: str
+    versions: dict[str, str]
+    created_at: str = ""
+
+    @property
+    def key(self) -> str:
+        """Short digest of all that must agree; every segment and part carries it."""
+        identity = {name: getattr(self, name) for name in IDENTITY}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_run(folder: Path, wanted: Run) -> None:
+    """See before anything slow that `folder` can be written to, and holds no other run. Makes it where it is not there.
+
+    Raises:
+        Refused: otherwise; where it is another run, the differences are named.
+    """
+    try:
+        if (folder / RUN_FILE).exists():
+            _refuse_differences(folder, read_run(folder), wanted)
+        else:
+            _refuse_strangers(folder)
+        (folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder / SHARDS_FOLDER, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
+
+
+def claim_run(folder: Path, wanted: Run, write_rows: Callable[[Path], object]) -> None:
+    """Begin the run in `folder`, or join the one that is there. Any number of launches may do so at once.
+
+    Args:
+        folder: the output folder, which `check_run` has seen.
+        wanted: what this launch extracts.
+        write_rows: writes the CSV that becomes `rows.csv` to the path that it is given.
+    Raises:
+        Refused: another launch was faster, and its run is another one.
+    """
+    if not (folder / RUN_FILE).exists():
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        publish_json(folder / RUN_FILE, {**asdict(wanted), "created_at": now}, replace=False)
+    _refuse_differences(folder, read_run(folder), wanted)
+    # After run.json, so that a launch which lost the race with another table has been refused by now.
+    if not (folder / ROWS_FILE).exists():
+        publish(folder / ROWS_FILE, write_rows)
+
+
+def read_run(folder: Path) -> Run:
+    """The run that `folder` holds.
+
+    Raises:
+        Refused: there is none, or `run.json` was not written by this program.
+    """
+    path = folder / RUN_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Run(**{field.name: values[field.name] for field in fields(Run)})
+    except OSError:
+        raise Refused(
+            f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "
+            "check --output-dir or run the extraction first"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path} is not a run of this program ({error!r}); restore it or use a new --output-dir"
+        ) from None
+
+
+def read_run_rows(folder: Path, run: Run) -> Table:
+    """The table that the run is about, from `rows.csv`.
+
+    Raises:
+        Refused: `rows.csv` is missing, or is not what `run.json` says.
+    """
+    path = folder / ROWS_FILE
+    if not path.exists():
+        raise Refused(f"{path} is not there; expected the run's table, start the extraction again to write it")
+    table = read_table(path)
+    if table.fingerprint() != run.rows_sha256:
+        raise Refused(f"{path} is not the table that {RUN_FILE} names; put the original CSV back in its place")
+    return table
+
+
+def _refuse_strangers(folder: Path) -> None:
+    stranger = next(folder.glob("*.h5"), None) or next((folder / SHARDS_FOLDER).glob("*/*.h5"), None)
+    if stranger is not None:
+        raise Refused(
+            f"{folder} holds {stranger.name} but no {RUN_FILE}, so it belongs to something else; "
+            "choose a new --output-dir"
+        )
+
+
+def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
+    differing = [name for name in IDENTITY if getattr(found, name) != getattr(wanted, name)]
+    if not differing:
+        return
+    described = "; ".join(
+        f"{IDENTITY[name]}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
+        for name in differing
+    )
+    raise Refused(
+        f"{folder} belongs to another run ({described}); use a new --output-dir, or the same input and options"
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,208 @@
+"""Segments: what one rank of one launch commits, a file at a time, each immutable from its first moment.
+
+    OUT/shards/<launch>-r<rank>/<number>-<token>.h5           columnar, every chunk with a checksum of its own
+    OUT/shards/<launch>-r<rank>/<number>-<token>.h5.sha256    SHA-256 of the whole file, as `sha256sum` writes it
+
+The checksum gets its final name before the segment: a segment with its final name is committed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from vqa_embeddings.files import publish, publish_text, sha256
+from vqa_embeddings.hdf5 import Groups, new_file
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.run import SHARDS_FOLDER, Run
+from vqa_embeddings.table import Table
+
+SEGMENTS = f"{SHARDS_FOLDER}/*/*.h5"
+CHECKSUM = ".sha256"
+CHUNK_ROWS = 16
+VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
+PIXEL_MEAN = "pixel_mean_representation"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A committed segment and the rows that it is about, all int64 positions in the table."""
+
+    path: Path
+    rows: np.ndarray
+    failed: list[Failed]
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A file that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+class ShardWriter:
+    """Gathers the records of one rank and commits a segment every `interval` of them, and at the end.
+
+    Used as a context: whatever ends the block, what was added before is committed.
+    """
+
+    def __init__(self, folder: Path, launch: str, rank: int, run: Run, table: Table, interval: int) -> None:
+        self._folder = folder / SHARDS_FOLDER / f"{launch}-r{rank}"
+        self._run, self._table, self._interval = run, table, interval
+        self._token = secrets.token_hex(3)  # two copies of the same rank never meet in a name
+        self._number = 0
+        self._pending: list[Extracted | Failed] = []
+        self.committed = 0
+        self.failed = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.commit()
+
+    def add(self, records: Iterable[Extracted | Failed]) -> None:
+        """Take records over, and commit whenever there are enough for a segment."""
+        for record in records:
+            self._pending.append(record)
+            if len(self._pending) == self._interval:
+                self.commit()
+
+    def commit(self) -> None:
+        """Make a segment of what is pending; nothing happens when nothing is."""
+        if not self._pending:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._number += 1
+        write_segment(self._folder / f"{self._number:05d}-{self._token}.h5", self._pending, self._run, self._table)
+        self.committed += len(self._pending)
+        self.failed += sum(isinstance(record, Failed) for record in self._pending)
+        self._pending = []
+
+
+def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, table: Table) -> None:
+    """Commit the records as one segment."""
+    done = sorted((record for record in records if isinstance(record, Extracted)), key=lambda record: record.row)
+    failed = sorted((record for record in records if isinstance(record, Failed)), key=lambda record: record.row)
+
+    def write(temporary: Path) -> None:
+        with new_file(temporary) as file:
+            file.attrs.update({"format": "vqa_embeddings segment 1", "run": run.key, "layers": run.layers})
+            _write_extracted(file, done, run, table)
+            _write_failed(h5py.Group(Groups().new(file.id, "failed")), failed, table)
+        publish_text(checksum_path(path), f"{sha256(temporary)}  {path.name}\n")
+
+    publish(path, write)
+
+
+def read_segments(folder: Path, run: Run, verify: bool) -> tuple[list[Segment], list[Corrupt]]:
+    """The committed segments below the output folder, in the order of their names, and those that cannot be used.
+
+    Args:
+        verify: hash every file and compare; otherwise its row numbers are read, and its checksum has to be there.
+    """
+    segments: list[Segment] = []
+    corrupt: list[Corrupt] = []
+    for path in sorted(folder.glob(SEGMENTS)):
+        reason = find_damage(path) if verify else None if checksum_path(path).exists() else "its checksum is not there"
+        try:
+            if reason is None:
+                segments.append(_read_index(path, run))
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            if not path.exists():  # set aside or pruned by a merge at this moment
+                continue
+            reason = " ".join(str(error).split())
+        if reason is not None:
+            corrupt.append(Corrupt(path, reason))
+    return segments, corrupt
+
+
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of a segment lies."""
+    return path.with_name(path.name + CHECKSUM)
+
+
+def find_damage(path: Path) -> str | None:
+    """Why a segment is not what was committed, or None where its checksum holds."""
+    try:
+        expected = checksum_path(path).read_text().split()[0]
+        found = sha256(path)
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        return f"its checksum cannot be read ({error})"
+    return None if found == expected else f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…"
+
+
+def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list[Extracted]:
+    """The records at these positions of a segment's extracted rows."""
+    wanted = np.asarray(positions, np.int64)
+    lowest, highest = int(wanted.min()), int(wanted.max()) + 1
+    with h5py.File(path, "r") as file:
+
+        def column(name: str) -> np.ndarray:
+            return np.asarray(file[name][lowest:highest])[wanted - lowest]
+
+        rows, answers = column("row"), column("answer")
+        vectors = [column(name) for name in VECTORS]
+        means = column(PIXEL_MEAN) if pixel_mean else np.zeros((len(wanted), 0), np.float32)
+    return [
+        Extracted(int(rows[i]), vectors[0][i], vectors[1][i], vectors[2][i], means[i], answers[i].decode())
+        for i in range(len(wanted))
+    ]
+
+
+def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
+    count, layers = len(records), len(run.layers)
+    shapes = {
+        VECTORS[0]: (run.vision_size,),
+        VECTORS[1]: (layers, run.hidden_size),
+        VECTORS[2]: (layers, run.hidden_size),
+    }
+    fields = dict(zip(VECTORS, ("vision_only", "vision_token", "query_token"), strict=True))
+    if run.pixel_mean and records:
+        shapes[PIXEL_MEAN], fields[PIXEL_MEAN] = records[0].pixel_mean.shape, "pixel_mean"
+    file.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
+    _write_text(file, "question_id", [table.ids[record.row] for record in records])
+    _write_text(file, "image_id", [table.images[record.row] for record in records])
+    _write_text(file, "answer", [record.answer for record in records])
+    for name, shape in shapes.items():
+        data = np.empty((count, *shape), np.float32)
+        for position, record in enumerate(records):
+            data[position] = getattr(record, fields[name])
+        chunks = (min(CHUNK_ROWS, count), *shape) if count else None
+        file.create_dataset(name, data=data, chunks=chunks, fletcher32=bool(count), track_times=False)
+
+
+def _write_failed(group: h5py.Group, records: Sequence[Failed], table: Table) -> None:
+    group.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
+    _write_text(group, "question_id", [table.ids[record.row] for record in records])
+    _write_text(group, "image_id", [table.images[record.row] for record in records])
+    _write_text(group, "error", [record.error for record in records])
+    _write_text(group, "message", [record.message for record in records])
+
+
+def _write_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:
+    """Text of a fixed length, padded with NULs: what HDF5 keeps beside the rest, under the same checksums."""
+    encoded = [value.encode() for value in values]
+    dtype = h5py.string_dtype("utf-8", max((len(value) for value in encoded), default=0) or 1)
+    group.create_dataset(name, data=np.array(encoded, dtype), dtype=dtype, track_times=False)
+
+
+def _read_index(path: Path, run: Run) -> Segment:
+    with h5py.File(path, "r") as file:
+        if file.attrs["run"] != run.key:
+            raise ValueError("it belongs to another run")
+        rows, failed = file["row"][:], file["failed"]
+        columns = failed["row"][:], failed["error"].asstr()[:], failed["message"].asstr()[:]
+    for positions in (rows, columns[0]):
+        if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
+            raise ValueError("it is about rows that the table has not")
+    return Segment(path, rows, [Failed(int(row), error, message) for row, error, message in zip(*columns, strict=True)])
