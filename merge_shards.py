@@ -1,0 +1,36 @@
+"""Merge the shards of an extraction into numbered part files, and account for every row of the CSV.
+
+    python merge_shards.py --output-dir OUT
+Run it at any time, any number of times: it verifies every segment, writes each part whose rows are all accounted
+for, leaves what is right alone, and says what is missing (missing.csv) and what failed (failed.csv).
+To look at a run that is under way, from a login node:
+    python merge_shards.py --output-dir OUT --check
+
+Exit status: 0 all rows extracted; 3 rows missing; 4 none missing, some failed; 2 refused; 1 error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.options import parse_merge
+from vqa_embeddings.voice import refuse
+from vqa_embeddings.world import World
+
+
+def main() -> int:
+    """Parse, merge or only look, report. Returns the exit status."""
+    options = parse_merge(__doc__)
+    from vqa_embeddings.merge import check, merge
+
+    try:
+        outcome = check(options.output_dir) if options.check else merge(options)
+    except Refused as refusal:
+        return refuse(refusal, World())
+    print(*outcome.sentences(options), sep="\n")
+    return outcome.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

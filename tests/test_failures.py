@@ -1,0 +1,110 @@
+"""Rows that fail are data: recorded with a reason, and the rest goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import arguments_for, command, merge, run, table_rows, write_table
+from PIL import Image
+from published_reader import read_published
+from test_rows import assert_equal_to_reference
+
+from vqa_embeddings.demo import DATA
+
+BAD = {
+    "missing.jpg": "PictureNotFound",
+    "long" * 80 + ".jpg": "PictureNotFound",
+    "folder.jpg": "PictureNotFound",
+    "": "PictureNotFound",
+    "../secret.jpg": "PictureOutsideFolder",
+    "/etc/hostname": "PictureOutsideFolder",
+    "empty.jpg": "PictureUnreadable",
+    "text.jpg": "PictureUnreadable",
+    "truncated.jpg": "PictureUnreadable",
+    "strip.png": "PictureUnreadable",
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> tuple[Path, Path]:
+    """A table with one good row among ten bad ones, and its pictures."""
+    base = tmp_path_factory.mktemp("damaged")
+    images = base / "images"
+    (images / "folder.jpg").mkdir(parents=True)
+    cat = (DATA / "cat.jpg").read_bytes()
+    (base / "secret.jpg").write_bytes(cat)
+    (images / "cat.jpg").symlink_to(base / "secret.jpg")  # links inside the folder are followed
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "text.jpg").write_text("no picture")
+    (images / "truncated.jpg").write_bytes(cat[: len(cat) // 2])
+    Image.new("RGB", (4000, 2)).save(images / "strip.png")
+    good = next(row for row in table_rows() if row["image_id"] == "cat.jpg")
+    rows = [{**good, "question_id": f"bad {index}", "image_id": name} for index, name in enumerate(BAD)]
+    return write_table(base / "vqa.csv", [*rows[:4], good, *rows[4:]]), images
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_one_good_row_among_bad_ones_comes_out_right(tmp_path, damaged, checkpoint, expected):
+    table, images = damaged
+    out = tmp_path / "out"
+    inputs = [*arguments_for(table, checkpoint, images), "--output-dir", out]
+    done = run(command(0, *inputs))
+    assert done.returncode == 0, done.stderr
+    merged = merge(out)
+    assert merged.returncode == 4, merged.stdout + merged.stderr
+    rows = read_published(out)
+    assert len(rows) == 1
+    assert_equal_to_reference(rows, expected)
+
+    failed = read_csv(out / "failed.csv")
+    assert {row["image_id"]: row["error"] for row in failed} == BAD
+    assert all(len(row["message"].split()) > 4 for row in failed)
+    given = {row["question_id"]: row for row in table_rows(table)}
+    for row in failed:
+        assert {key: row[key] for key in given[row["question_id"]]} == given[row["question_id"]]
+    assert read_csv(out / "missing.csv") == []
+
+    # Failed rows are not tried again unasked ...
+    part = out / "phi4_multimodal_embeddings_part_001.h5"
+    before = part.read_bytes()
+    assert "nothing to do" in run(command(0, *inputs)).stdout
+    # ... and when they are, only they: the part is replaced, with the row that it held as it was.
+    shutil.copy(DATA / "cat.jpg", images / "missing.jpg")
+    try:
+        again = run(command(0, *inputs, "--retry-failed"))
+    finally:
+        (images / "missing.jpg").unlink()
+    assert again.returncode == 0, again.stderr
+    assert "10 to do now" in again.stdout
+    assert merge(out).returncode == 4
+    assert part.read_bytes() != before
+    now = read_published(out)
+    assert now.keys() == {*rows, "bad 0"}
+    assert now["bad 0"]["answer"] == next(iter(rows.values()))["answer"]
+    coverage = json.loads((out / "coverage.json").read_text())
+    assert (coverage["extracted"], coverage["failed"], coverage["missing"]) == (2, 9, 0)
+
+
+def test_a_picture_is_shown_as_its_exif_says(tmp_path, checkpoint, reference):
+    with Image.open(DATA / "rocket.jpg") as upright:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees when shown
+        upright.save(tmp_path / "turned.png", exif=exif)
+        question = "Is there a person in the image?"
+        wanted = reference.row(upright.transpose(Image.Transpose.ROTATE_270), question, 4)
+    row = {"question_id": "007", "image_id": "turned.png", "question": question, "answer": "NA"}
+    table = write_table(tmp_path / "vqa.csv", [row])
+    inputs = [*arguments_for(table, checkpoint, tmp_path), "--max-new-tokens", 4, "--output-dir", tmp_path / "out"]
+    assert run(command(0, *inputs)).returncode == 0
+    assert merge(tmp_path / "out").returncode == 0
+    rows = read_published(tmp_path / "out")
+    assert_equal_to_reference(rows, {"007": wanted})
+    assert rows["007"]["ground_truth_answer"] == "NA"

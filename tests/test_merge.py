@@ -1,0 +1,321 @@
+"""The merge: the same bytes every time, nothing damaged taken for good, nothing removed unasked."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import merge
+from published_reader import read_published
+
+from vqa_embeddings import merge as merging
+from vqa_embeddings.holdings import look
+from vqa_embeddings.options import parse_merge
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.run import Run, check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.shards import ShardWriter
+from vqa_embeddings.table import read_table
+
+ROWS, PART_SIZE = 23, 5
+LAYERS = [0, 2, 3]
+PART = "phi4_multimodal_embeddings_part_{:03d}.h5"
+
+
+def record(row: int) -> Extracted:
+    """Values that tell the row: no two rows of the table have one in common."""
+    values = np.random.default_rng(row).standard_normal((2, 3, 8)).astype(np.float32)
+    return Extracted(
+        row, np.full(6, row, np.float32), values[0], values[1], np.zeros(448, np.float32), f"answer {row} é"
+    )
+
+
+def commit(out: Path, records, interval: int = 4, rank: int = 0) -> None:
+    run = read_run(out)
+    with ShardWriter(
+        out, f"launch{len(list(out.glob('shards/*')))}", rank, run, read_run_rows(out, run), interval
+    ) as shard:
+        shard.add(records)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An output folder whose run has begun and whose shards are empty."""
+    table = tmp_path / "vqa.csv"
+    lines = [f"q{row},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
+    table.write_text("question_id,image_id,question,answer\n" + "\n".join(lines) + "\n")
+    rows = read_table(table)
+    run = Run(
+        rows=ROWS,
+        rows_sha256=rows.fingerprint(),
+        model="small",
+        revision="local",
+        model_sha256="0" * 64,
+        layout="native",
+        lora="merged",
+        dtype="float32",
+        attn_implementation="sdpa",
+        layers=LAYERS,
+        max_new_tokens=8,
+        pixel_mean=False,
+        hidden_size=8,
+        vision_size=6,
+        device="cpu",
+        versions={"torch": "2.0"},
+    )
+    folder = tmp_path / "out"
+    check_run(folder, run)
+    claim_run(folder, run, lambda target: shutil.copy(table, target))
+    return folder
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def coverage(out: Path) -> dict:
+    return json.loads((out / "coverage.json").read_text())
+
+
+def assert_right(out: Path, rows: set[int]) -> None:
+    read = read_published(out)
+    assert read.keys() == {f"q{row}" for row in rows}
+    for row in rows:
+        found, wanted = read[f"q{row}"], record(row)
+        assert (found["answer"], found["question"]) == (wanted.answer, f"question {row}")
+        assert (found["vision_only"] == wanted.vision_only).all()
+        for index, layer in enumerate(LAYERS):
+            assert (found["vision_token"][layer] == wanted.vision_token[index]).all()
+            assert (found["query_token"][layer] == wanted.query_token[index]).all()
+
+
+def test_merging_again_changes_no_byte_and_merging_anew_gives_the_same(out):
+    order = random.Random(1).sample(range(ROWS), ROWS)
+    commit(out, [record(row) for row in order])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    before = contents(out)
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert contents(out) == before
+    for path in [*out.glob("*.h5"), out / "coverage.json"]:
+        path.unlink()
+    time.sleep(1.1)  # a time stamp in a file would have a resolution of one second
+    assert merge(out, "--part-size", PART_SIZE, "--jobs", 2).returncode == 0
+    assert contents(out) == before
+
+
+def test_a_part_does_not_depend_on_who_computed_its_rows(out):
+    other = shutil.copytree(out, out.parent / "other")
+    commit(out, [record(row) for row in range(ROWS)], interval=1000)
+    for rank in range(3):
+        commit(other, [record(row) for row in range(ROWS - 1, -1, -1) if row % 3 == rank], interval=2, rank=rank)
+    for folder in (out, other):
+        assert merge(folder, "--part-size", PART_SIZE).returncode == 0
+    for number in range(1, 6):
+        assert (out / PART.format(number)).read_bytes() == (other / PART.format(number)).read_bytes()
+
+
+def test_parts_come_when_their_rows_are_accounted_for(out):
+    commit(out, [record(row) for row in range(7)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 3
+    assert [path.name for path in sorted(out.glob("*.h5"))] == [PART.format(1)]
+    missing = (out / "missing.csv").read_text().splitlines()
+    assert missing[0] == "question_id,image_id,question,answer"
+    assert missing[1:] == [f"q{row},image{row // 3}.jpg,question {row},truth {row}" for row in range(7, ROWS)]
+    first = (out / PART.format(1)).read_bytes()
+    commit(out, [record(row) for row in range(7, ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert (out / PART.format(1)).read_bytes() == first
+    assert_right(out, set(range(ROWS)))
+    assert [(part["first_row"], part["last_row"], part["samples"]) for part in coverage(out)["parts"]] == [
+        (1, 5, 5),
+        (6, 10, 5),
+        (11, 15, 5),
+        (16, 20, 5),
+        (21, 23, 3),
+    ]
+
+
+def test_copies_are_counted_and_one_of_them_is_taken(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    commit(out, [record(row) for row in range(5, 12)], rank=1)
+    assert merge(out).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    assert coverage(out)["duplicates"] == 7
+
+
+def test_a_row_that_failed_and_was_extracted_later_has_not_failed(out):
+    commit(out, [record(row) for row in range(ROWS) if row != 8] + [Failed(8, "PictureNotFound", "it was not there")])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 4
+    assert_right(out, set(range(ROWS)) - {8})
+    assert "it was not there" in (out / "failed.csv").read_text()
+    before = contents(out)
+    commit(out, [record(8)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    changed = {name for name, data in before.items() if contents(out)[name] != data}
+    assert changed == {PART.format(2), "coverage.json", "failed.csv"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "checksum lost"])
+def test_a_damaged_segment_is_set_aside_and_its_rows_are_missing_again(out, damage):
+    commit(out, [record(row) for row in range(ROWS)])
+    victim = sorted(out.glob("shards/*/*.h5"))[1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "checksum lost":
+        victim.with_name(victim.name + ".sha256").unlink()
+    else:
+        victim.write_bytes({"flip": bytes(data), "truncate": bytes(data[:-1]), "empty": b""}[damage])
+    merged = merge(out)
+    assert merged.returncode == 3, merged.stderr
+    found = coverage(out)
+    assert (found["extracted"], found["missing"]) == (ROWS - 4, 4)
+    assert [entry["path"] for entry in found["corrupt_segments"]] == [victim.relative_to(out).as_posix()]
+    assert not victim.exists() and victim.with_name(victim.name + ".damaged").exists()
+    commit(out, [record(row) for row in range(4, 8)])
+    assert merge(out).returncode == 0
+    assert_right(out, set(range(ROWS)))
+
+
+def test_temporary_files_are_never_read(out):
+    commit(out, [record(row) for row in range(ROWS - 1)])
+    whole = next(iter(out.glob("shards/*/*.h5")))
+    shutil.copy(whole, whole.with_name("00099-abcdef.h5.0123abcd.tmp"))
+    shutil.copy(whole, out / (PART.format(1) + ".0123abcd.tmp"))
+    assert merge(out).returncode == 3
+    assert coverage(out)["extracted"] == ROWS - 1
+    assert coverage(out)["duplicates"] == 0
+
+
+def test_a_segment_of_another_run_is_not_used(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    victim = sorted(out.glob("shards/*/*.h5"))[0]
+    with h5py.File(victim, "r+") as file:
+        file.attrs["run"] = "of another model"
+    from vqa_embeddings.files import sha256
+
+    victim.with_name(victim.name + ".sha256").write_text(f"{sha256(victim)}  {victim.name}\n")
+    assert merge(out).returncode == 3
+    assert "another run" in coverage(out)["corrupt_segments"][0]["reason"]
+    assert victim.exists(), "it is whole, so it stays"
+
+
+def test_check_says_the_same_and_writes_nothing(out):
+    commit(out, [record(row) for row in range(9)])
+    before = contents(out)
+    looked = merge(out, "--check")
+    assert looked.returncode == 3
+    assert f"rows: {ROWS}; extracted: 9; failed: 0; missing: 14" in looked.stdout
+    assert contents(out) == before
+
+
+def test_pruning_removes_only_what_verified_parts_hold(out):
+    commit(out, [record(row) for row in range(10)], interval=5)
+    commit(out, [Failed(10, "PictureUnreadable", "torn"), *[record(row) for row in range(11, ROWS)]], interval=13)
+    assert merge(out, "--part-size", PART_SIZE).returncode == 4
+    before = contents(out)
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 4
+    gone = {name for name in before if name not in contents(out)}
+    assert len(gone) == 4 and all("launch0" in name for name in gone)  # two segments with their checksums
+    assert merge(out, "--part-size", PART_SIZE).returncode == 4
+    assert_right(out, set(range(ROWS)) - {10})
+    # The part of a row that is extracted at last is made anew, from what it held and the new segment.
+    commit(out, [record(10)])
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    assert not list(out.glob("shards/*/*.h5"))
+    assert_right(out, set(range(ROWS)))
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+
+
+def test_a_damaged_part_is_found_and_made_anew(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    before = contents(out)
+    part = out / PART.format(2)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 4
+    part.write_bytes(data)
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+    assert contents(out)[part.name] == before[part.name]
+    data = bytearray(before[part.name])
+    data[data.index(read_run(out).key.encode())] ^= 1  # what says that the part is this run's
+    for damaged in (bytes(data), b""):
+        part.write_bytes(damaged)
+        assert merge(out, "--part-size", PART_SIZE).returncode == 0
+        assert contents(out)[part.name] == before[part.name]
+
+
+def test_a_damaged_part_without_segments_is_set_aside_and_its_rows_are_missing_again(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    part = out / PART.format(2)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 4
+    part.write_bytes(data)
+    for _ in range(2):  # and they stay missing
+        merged = merge(out, "--part-size", PART_SIZE, "--verify")
+        assert merged.returncode == 3, merged.stdout
+        assert (coverage(out)["extracted"], coverage(out)["missing"]) == (ROWS - 5, 5)
+    assert part.with_name(part.name + ".damaged").read_bytes() == data
+    run = read_run(out)
+    assert look(out, run, read_run_rows(out, run)).coverage().missing.sum() == 5, "the extraction would not do them"
+    commit(out, [record(row) for row in range(5, 10)])
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+    assert_right(out, set(range(ROWS)))
+
+
+def test_a_merge_killed_after_it_replaced_a_part_leaves_no_stale_hash(out, monkeypatch):
+    commit(out, [record(row) for row in range(ROWS) if row != 8])
+    commit(out, [Failed(8, "PictureNotFound", "it was not there")])
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 4
+    commit(out, [record(8)])
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "_report", die)
+    with pytest.raises(KeyboardInterrupt):
+        merging.merge(parse_merge(None, ["--output-dir", str(out), "--part-size", str(PART_SIZE)]))
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+    assert_right(out, set(range(ROWS)))
+    assert not list(out.rglob("*.damaged"))
+
+
+def test_the_last_reason_of_a_failure_is_the_one_that_is_told(out):
+    commit(out, [Failed(8, "PictureNotFound", "it was not there")])
+    commit(out, [Failed(8, "PictureUnreadable", "it is torn")], rank=1)
+    merge(out)
+    assert "it is torn" in (out / "failed.csv").read_text()
+    assert "it was not there" not in (out / "failed.csv").read_text()
+
+
+def test_a_segment_without_its_checksum_is_not_committed(out):
+    commit(out, [record(row) for row in range(9)], interval=9)
+    next(iter(out.glob("shards/*/*.sha256"))).unlink()
+    assert "extracted: 0;" in merge(out, "--check").stdout
+
+
+def test_another_part_size_is_refused(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    before = contents(out)
+    refused = merge(out, "--part-size", PART_SIZE + 1)
+    assert refused.returncode == 2
+    assert "--part-size 5" in refused.stderr
+    assert contents(out) == before
+
+
+def test_gzip_is_as_published_and_reads_the_same(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--compression", "gzip").returncode == 0
+    assert_right(out, set(range(ROWS)))
+    with h5py.File(out / PART.format(1)) as file:
+        assert file["q0/vision_token_representation/layer_2"].compression == "gzip"
+        assert file["q0/vision_only_representation"].compression == "gzip"

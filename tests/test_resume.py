@@ -1,0 +1,132 @@
+"""What a kill costs: the rows since the last commit, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import arguments_for, command, merge, run, table_rows, write_table
+from published_reader import read_published
+from test_rows import assert_equal_to_reference
+
+KILLS, COPIES = 20, 10  # copies of each of the 31 questions, so that a run outlasts what is done to it
+
+
+def begin(arguments: list[str], stdout: int = subprocess.DEVNULL, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=environment)
+
+
+def processes(launch: subprocess.Popen) -> list[psutil.Process]:
+    """The launcher and all that it started; torchrun's ranks lead sessions of their own."""
+    try:
+        return [psutil.Process(launch.pid), *psutil.Process(launch.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(victims: list[psutil.Process]) -> None:
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+
+
+def segments(out: Path) -> list[Path]:
+    return sorted(out.glob("shards/*/*.h5"))
+
+
+def test_a_killed_launch_goes_on_with_another_number_of_ranks(tmp_path, photographs, expected):
+    arguments = [*photographs, "--output-dir", tmp_path, "--checkpoint-interval", 2, "--batch-size", 1]
+    first = begin(command(2, *arguments))
+    deadline = time.monotonic() + 120
+    while len(segments(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill(processes(first))
+    first.wait()
+    kept = {path: path.read_bytes() for path in segments(tmp_path)}
+    assert 3 <= len(kept) < 15, "the kill came too early or too late to show anything"
+
+    early = merge(tmp_path)
+    assert early.returncode == 3, early.stdout
+    done = run(command(3, *arguments))
+    assert done.returncode == 0, done.stderr
+    assert merge(tmp_path).returncode == 0
+    assert all(path.read_bytes() == content for path, content in kept.items()), "a committed segment has changed"
+    rows = read_published(tmp_path)
+    assert rows.keys() == {row["question_id"] for row in table_rows()}
+    assert_equal_to_reference(rows, expected)
+    coverage = json.loads((tmp_path / "coverage.json").read_text())
+    assert (coverage["extracted"], coverage["missing"], coverage["duplicates"]) == (31, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory) -> Path:
+    copies = [{**row, "question_id": f"{row['question_id']}-{copy}"} for row in table_rows() for copy in range(COPIES)]
+    return write_table(tmp_path_factory.mktemp("many") / "many.csv", copies)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_asked_to_stop_commits_the_batch_in_hand(tmp_path, many_rows, checkpoint, ranks):
+    """Alone it exits 0. Of two ranks, each is asked as by a scheduler: at once with the launcher, which asks again."""
+    arguments = [*arguments_for(many_rows, checkpoint), "--output-dir", tmp_path, "--batch-size", 1]
+    running = begin(command(ranks, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    bar = b""
+    while not re.search(rb" [1-9]\d*/\d+ ", bar):  # rows that are done and not yet committed
+        more = running.stderr.read(1)
+        assert more, "the run ended before it could be stopped"
+        bar += more
+    assert not segments(tmp_path)
+    for process in processes(running):
+        process.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=20)[0].decode()
+    assert running.returncode == 0 or ranks
+    assert said.count("stopped by SIGTERM after a commit") == max(ranks, 1)
+    rows = sum(int(found) for found in re.findall(r"(\d+) rows extracted, 0 failed, \d+ left", said))
+    assert max(ranks, 1) <= rows < 31 * COPIES
+    assert f"extracted: {rows}; failed: 0; missing: {31 * COPIES - rows}" in merge(tmp_path).stdout
+
+
+def test_kills_at_random_moments_lose_no_committed_row_and_double_none(tmp_path, many_rows, checkpoint, expected):
+    chance = random.Random(20)
+    arguments = [*arguments_for(many_rows, checkpoint), "--output-dir", tmp_path]
+    arguments += ["--checkpoint-interval", 3, "--batch-size", 2]
+    struck, committed = 0, set()
+    for _ in range(2 * KILLS):
+        launch = begin(command(chance.choice([1, 2, 3]), *arguments))
+        before = len(segments(tmp_path))
+        time.sleep(chance.uniform(1, 5))
+        # From the first commit on the moments are worth more than during start-up: most kills come then.
+        deadline = time.monotonic() + chance.uniform(0, 15)
+        while len(segments(tmp_path)) == before and time.monotonic() < deadline and launch.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.7))
+        struck += launch.poll() is None
+        victims = processes(launch)
+        kill(victims if chance.random() < 0.7 or len(victims) < 2 else [chance.choice(victims[1:])])
+        launch.wait()
+        now = set(segments(tmp_path))
+        assert committed <= now, "a committed segment is gone"
+        committed = now
+        if struck == KILLS:
+            break
+    assert struck == KILLS, "too many launches ended before their kill"
+    assert len({path.parent for path in committed}) >= 10, "too few of the killed launches had committed anything"
+
+    done = run(command(2, *arguments))
+    assert done.returncode == 0, done.stderr
+    merged = merge(tmp_path)
+    assert merged.returncode == 0, merged.stdout
+    rows = read_published(tmp_path)
+    assert rows.keys() == {row["question_id"] for row in table_rows(many_rows)}
+    assert_equal_to_reference(rows, {key: expected[key.rpartition("-")[0]] for key in rows})
+    assert not list(tmp_path.glob("shards/**/*.damaged"))
+    assert json.loads((tmp_path / "coverage.json").read_text())["duplicates"] == 0

@@ -1,0 +1,245 @@
+"""From segments to parts: verify, account for every row, write what is whole, report. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqa_embeddings.coverage import KEEP, NOBODY, WRITE, Coverage, PartPlan, plan_parts
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.files import publish_csv, publish_json, set_aside, sha256
+from vqa_embeddings.holdings import Holdings, look
+from vqa_embeddings.options import MergeOptions
+from vqa_embeddings.parts import Part, PartJob, Source, part_path, recorded_hashes, write_part
+from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
+from vqa_embeddings.shards import Corrupt, checksum_path, find_damage
+from vqa_embeddings.table import read_rows, select
+
+MISSING_FILE = "missing.csv"
+FAILED_FILE = "failed.csv"
+COMPLETE, INCOMPLETE, SOME_FAILED = 0, 3, 4  # exit statuses
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge, or a look at the folder, found and did."""
+
+    run: Run
+    coverage: Coverage
+    parts: list[dict[str, Any]]
+    corrupt: list[Corrupt]
+    written: int
+    pruned: int
+
+    @property
+    def status(self) -> int:
+        """The exit status of `merge_shards.py`."""
+        if self.coverage.missing.any():
+            return INCOMPLETE
+        return SOME_FAILED if self.coverage.failed.any() else COMPLETE
+
+    def sentences(self, options: MergeOptions) -> Iterator[str]:
+        """What a user is told."""
+        folder = shlex.quote(str(options.output_dir))
+        for damaged in self.corrupt:
+            yield f"not used: {damaged.path}: {damaged.reason}"
+        extracted, failed, missing = (
+            int(flags.sum()) for flags in (self.coverage.extracted, self.coverage.failed, self.coverage.missing)
+        )
+        yield f"rows: {self.run.rows}; extracted: {extracted}; failed: {failed}; missing: {missing}"
+        if not options.check:
+            yield f"parts: {len(self.parts)} whole, {self.written} written now; {folder}/{COVERAGE_FILE} says which"
+        if self.pruned:
+            yield f"pruned: {self.pruned} segments, all of whose rows lie in verified parts"
+        if missing:
+            yield "the missing rows come with the next extraction: the same extract_dist.py command continues"
+        if failed and options.check:
+            yield f"python merge_shards.py --output-dir {folder} writes {FAILED_FILE}, which says why rows failed"
+        elif failed:
+            yield f"{folder}/{FAILED_FILE} says why rows failed; extract_dist.py --retry-failed tries them again"
+
+
+def check(folder: Path) -> Outcome:
+    """Say what is there and what is missing, from names and row numbers alone; nothing is written.
+
+    Raises:
+        Refused: the folder holds no run.
+    """
+    run = read_run(folder)
+    holdings = look(folder, run, read_run_rows(folder, run))
+    return Outcome(run, holdings.coverage(), [], holdings.corrupt, 0, 0)
+
+
+def merge(options: MergeOptions) -> Outcome:
+    """Write every part whose rows are all accounted for, and say what has become of each row.
+
+    Raises:
+        Refused: the folder holds no run, or parts of another size.
+    """
+    folder = options.output_dir
+    run = read_run(folder)
+    table = read_run_rows(folder, run)
+    holdings = look(folder, run, table, verify=True)
+    _check_part_size(holdings.parts, options.part_size)
+    known = recorded_hashes(folder)
+    holdings = _trusted_only(holdings, known, options.verify)
+    _set_damaged_aside(folder, holdings.corrupt)
+    coverage = holdings.coverage()
+    plans = plan_parts(coverage, options.part_size, {part.number: part.rows for part in holdings.parts})
+    jobs = [_job(options, holdings, coverage, plan) for plan in plans if plan.action == WRITE]
+    _forget(folder, {job.path.name for job in jobs} & known.keys())
+    _write(jobs, options.jobs)
+    written = {job.number for job in jobs}
+    entries = [_entry(folder, coverage, plan, known, written) for plan in plans if plan.action in (KEEP, WRITE)]
+    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(jobs), 0)
+    _report(folder, holdings, outcome)
+    return replace(outcome, pruned=_prune(folder, holdings, coverage, entries)) if options.prune else outcome
+
+
+def _check_part_size(parts: Sequence[Part], size: int) -> None:
+    other = next((part for part in parts if part.size != size), None)
+    if other is not None:
+        raise Refused(
+            f"{other.path} was made with --part-size {other.size}, found --part-size {size} now; "
+            f"use {other.size} again, or move the parts away"
+        )
+
+
+def _forget(folder: Path, files: set[str]) -> None:
+    """Take parts that are about to be replaced out of the record: a merge killed then leaves no stale hash."""
+    if files:
+        record = json.loads((folder / COVERAGE_FILE).read_text(encoding="utf-8"))
+        record["parts"] = [entry for entry in record["parts"] if entry["file"] not in files]
+        publish_json(folder / COVERAGE_FILE, record)
+
+
+def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
+    """Rename damaged segments and parts. A whole segment of another run stays where it is."""
+    for damaged in corrupt:
+        if damaged.path.parent == folder:
+            set_aside(damaged.path)
+        elif find_damage(damaged.path):
+            set_aside(damaged.path)
+            set_aside(checksum_path(damaged.path))
+
+
+def _trusted_only(holdings: Holdings, known: dict[str, str], verify: bool) -> Holdings:
+    """Without the parts that are to be made anew: damaged ones, and such as no merge has recorded."""
+    in_segments = np.zeros(len(holdings.table), bool)
+    for segment in holdings.segments:
+        in_segments[segment.rows] = True
+    trusted: list[Part] = []
+    corrupt = list(holdings.corrupt)
+    for part in holdings.parts:
+        if part.path.name not in known:
+            if not in_segments[part.rows].all():
+                trusted.append(part)
+        elif verify and sha256(part.path) != known[part.path.name]:
+            corrupt.append(Corrupt(part.path, "its SHA-256 is not the one that coverage.json recorded"))
+        else:
+            trusted.append(part)
+    return Holdings(holdings.run, holdings.table, holdings.segments, trusted, corrupt)
+
+
+def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: PartPlan) -> PartJob:
+    rows = plan.first + np.flatnonzero(coverage.extracted[plan.first : plan.last])
+    holders = coverage.holder[rows]
+    sources = [
+        Source(holdings.segments[holder].path, coverage.position[rows[holders == holder]].tolist())
+        for holder in np.unique(holders[holders != NOBODY])
+    ]
+    return PartJob(
+        path=part_path(options.output_dir, plan.number),
+        number=plan.number,
+        first=plan.first,
+        last=plan.last,
+        size=options.part_size,
+        rows=select(holdings.table, range(plan.first, plan.last)),
+        sources=sources,
+        old_rows=rows[holders == NOBODY].tolist(),
+        run=holdings.run,
+        compression=options.compression,
+    )
+
+
+def _write(jobs: Sequence[PartJob], processes: int) -> None:
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            write_part(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+        list(pool.map(write_part, jobs))
+
+
+def _entry(
+    folder: Path, coverage: Coverage, plan: PartPlan, known: dict[str, str], written: set[int]
+) -> dict[str, Any]:
+    path = part_path(folder, plan.number)
+    recorded = None if plan.number in written else known.get(path.name)
+    return {
+        "file": path.name,
+        "first_row": plan.first + 1,
+        "last_row": plan.last,
+        "samples": int(coverage.extracted[plan.first : plan.last].sum()),
+        "sha256": recorded or sha256(path),
+    }
+
+
+def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
+    coverage = outcome.coverage
+    publish_csv(folder / MISSING_FILE, *_rows_where(folder, coverage.missing))
+    header, failed_rows = _rows_where(folder, coverage.failed)
+    reasons = holdings.failures()
+    failed = (
+        [*row, reasons[int(position)].error, reasons[int(position)].message]
+        for position, row in zip(np.flatnonzero(coverage.failed), failed_rows, strict=True)
+    )
+    publish_csv(folder / FAILED_FILE, [*header, "error", "message"], failed)
+    publish_json(
+        folder / COVERAGE_FILE,
+        {
+            "rows": len(coverage.extracted),
+            "extracted": int(coverage.extracted.sum()),
+            "failed": int(coverage.failed.sum()),
+            "missing": int(coverage.missing.sum()),
+            "duplicates": coverage.duplicates,
+            "corrupt_segments": [
+                {"path": damaged.path.relative_to(folder).as_posix(), "reason": damaged.reason}
+                for damaged in outcome.corrupt
+            ],
+            "parts": outcome.parts,
+        },
+    )
+
+
+def _rows_where(folder: Path, wanted: np.ndarray) -> tuple[list[str], Iterator[list[str]]]:
+    """The header of `rows.csv`, and its rows as they are there, where `wanted`. Mostly none are, and none is parsed."""
+    header, rows = read_rows(folder / ROWS_FILE)
+    if not wanted.any():
+        return header, iter(())
+    return header, (row for row, take in zip(rows, wanted, strict=True) if take)
+
+
+def _prune(folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequence[dict[str, Any]]) -> int:
+    """Remove the segments all of whose rows lie in parts whose hash holds at this moment."""
+    safe = np.zeros(len(coverage.extracted), bool)
+    for entry in entries:
+        if sha256(folder / entry["file"]) == entry["sha256"]:
+            safe[entry["first_row"] - 1 : entry["last_row"]] = True
+    safe &= coverage.extracted
+    pruned = 0
+    for segment in holdings.segments:
+        if safe[segment.rows].all() and all(safe[failed.row] for failed in segment.failed):
+            segment.path.unlink()
+            checksum_path(segment.path).unlink(missing_ok=True)
+            pruned += 1
+    return pruned

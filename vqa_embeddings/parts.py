@@ -1,0 +1,201 @@
+"""Parts: numbered files in the published layout, a group a question, read by the published files' readers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from h5py import h5d, h5g, h5p, h5s, h5t
+
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.files import publish
+from vqa_embeddings.hdf5 import Groups, new_file
+from vqa_embeddings.records import Extracted
+from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
+from vqa_embeddings.shards import PIXEL_MEAN, VECTORS, Corrupt, read_records
+from vqa_embeddings.table import Table
+
+PART_NAME = "phi4_multimodal_embeddings_part_{:03d}.h5"
+PART_PATTERN = re.compile(r"phi4_multimodal_embeddings_part_(\d{3,})\.h5")
+GZIP_LEVEL = 4  # h5py's default, which the published files were written with
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that is there, and the rows that it holds: int64 positions in the table."""
+
+    path: Path
+    number: int
+    size: int
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where some rows of a part come from: positions in a segment, or rows of the part that it replaces."""
+
+    path: Path
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """All that a process needs to write one part."""
+
+    path: Path
+    number: int
+    first: int
+    last: int
+    size: int
+    rows: Table  # those of the part alone
+    sources: list[Source]
+    old_rows: list[int]  # rows that are taken over from the part as it is now
+    run: Run
+    compression: str
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where part `number` lies."""
+    return folder / PART_NAME.format(number)
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each part by its file name, as the last merge recorded them; none where no merge has."""
+    try:
+        entries = json.loads((folder / COVERAGE_FILE).read_text(encoding="utf-8"))["parts"]
+        return {str(entry["file"]): str(entry["sha256"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[Corrupt]]:
+    """The parts in the output folder by number, and those that are damaged.
+
+    Raises:
+        Refused: a file is named like a part and belongs to something else.
+    """
+    parts: list[Part] = []
+    corrupt: list[Corrupt] = []
+    recorded = recorded_hashes(folder)
+    for path in sorted(folder.glob("*.h5")):
+        match = PART_PATTERN.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            parts.append(_read_part(path, int(match[1]), run, table, path.name in recorded))
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            corrupt.append(Corrupt(path, " ".join(str(error).split())))
+    return sorted(parts, key=lambda part: part.number), corrupt
+
+
+def write_part(job: PartJob) -> None:
+    """Write one part, or replace it, atomically."""
+    records = [record for s in job.sources for record in read_records(s.path, s.positions, job.run.pixel_mean)]
+    if job.old_rows:
+        records += _read_old(job)
+    records.sort(key=lambda record: record.row)
+    publish(job.path, lambda temporary: _write(temporary, job, records))
+
+
+def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
+    run = job.run
+    with new_file(path) as file:
+        attributes = {
+            "model_name": run.model,
+            "model_type": MODEL_TYPE,
+            "device": run.device,
+            "dtype": run.dtype,
+            "created_at": run.created_at,
+            "num_samples": len(records),
+            "revision": run.revision,
+            "model_sha256": run.model_sha256,
+            "layout": run.layout,
+            "lora": run.lora,
+            "attn_implementation": run.attn_implementation,
+            "layers": run.layers,
+            "max_new_tokens": run.max_new_tokens,
+            "run": run.key,
+            "part_size": job.size,
+            "first_row": job.first + 1,
+            "last_row": job.last,
+            **{f"{name}_version": number for name, number in run.versions.items()},
+        }
+        for name, value in attributes.items():
+            file.attrs[name] = value
+        writer = _GroupWriter(job.compression)
+        for record in records:
+            _write_record(writer, file.id, record, job)
+
+
+def _write_record(writer: _GroupWriter, root: h5g.GroupID, record: Extracted, job: PartJob) -> None:
+    table, index = job.rows, record.row - job.first
+    group = writer.new(root, table.ids[index])
+    writer.text(group, "image_id", table.images[index])
+    writer.text(group, "question", table.questions[index])
+    writer.text(group, "ground_truth_answer", table.truths[index])
+    writer.text(group, "answer", record.answer)
+    writer.vector(group, VECTORS[0], record.vision_only)
+    if job.run.pixel_mean:
+        writer.vector(group, PIXEL_MEAN, record.pixel_mean)
+    for name, vectors in zip(VECTORS[1:], (record.vision_token, record.query_token), strict=True):
+        subgroup = writer.new(group, name)
+        for layer, vector in zip(job.run.layers, vectors, strict=True):
+            writer.vector(subgroup, f"layer_{layer}", vector)
+
+
+class _GroupWriter(Groups):
+    """HDF5's low-level interface: twice as fast as the high-level one for files of so many small objects."""
+
+    def __init__(self, compression: str) -> None:
+        self._text_type = h5t.py_create(h5py.string_dtype("utf-8"), logical=True)
+        self._scalar = h5s.create(h5s.SCALAR)
+        super().__init__()
+        self._datasets = h5p.create(h5p.DATASET_CREATE)
+        self._datasets.set_obj_track_times(False)
+        self._gzip = compression == "gzip"
+
+    def text(self, group: h5g.GroupID, name: str, value: str) -> None:
+        dataset = h5d.create(group, name.encode(), self._text_type, self._scalar, self._datasets)
+        dataset.write(h5s.ALL, h5s.ALL, np.array(value.encode(), dtype=object))
+
+    def vector(self, group: h5g.GroupID, name: str, values: np.ndarray) -> None:
+        creation = self._datasets
+        if self._gzip:
+            creation = creation.copy()
+            creation.set_chunk(values.shape)
+            creation.set_deflate(GZIP_LEVEL)
+        space = h5s.create_simple(values.shape)
+        dataset = h5d.create(group, name.encode(), h5t.IEEE_F32LE, space, creation)
+        dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(values, np.float32))
+
+
+def _read_part(path: Path, number: int, run: Run, table: Table, recorded: bool) -> Part:
+    with h5py.File(path, "r") as file:
+        if file.attrs.get("run") != run.key:
+            if recorded:
+                raise ValueError("it was this run's, and says that it is not")
+            raise Refused(f"{path} belongs to another run or program; move it away, or check --output-dir")
+        first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
+        names = list(file)
+    position = {identity: row for row, identity in enumerate(table.ids[first - 1 : last], start=first - 1)}
+    strange = [name for name in names if name not in position]
+    if strange:
+        raise ValueError(f"it holds {strange[0]!r}, which is not among its rows {first} to {last}")
+    return Part(path, number, size, np.array(sorted(position[name] for name in names), np.int64))
+
+
+def _read_old(job: PartJob) -> list[Extracted]:
+    records = []
+    with h5py.File(job.path, "r") as file:
+        for row in job.old_rows:
+            group = file[job.rows.ids[row - job.first]]
+            states = [np.stack([group[name][f"layer_{layer}"][:] for layer in job.run.layers]) for name in VECTORS[1:]]
+            mean = group[PIXEL_MEAN][:] if job.run.pixel_mean else np.zeros(0, np.float32)
+            answer = group["answer"].asstr()[()]
+            records.append(Extracted(row, group[VECTORS[0]][:], states[0], states[1], mean, answer))
+    return records
