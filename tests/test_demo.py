@@ -1,0 +1,59 @@
+"""The demo: the first thing a newcomer types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, merge, run, table_rows
+from published_reader import read_published
+
+from vqa_embeddings.demo import DATA, NOTICE, make_checkpoint
+
+
+def test_the_demo_needs_nothing_but_itself(tmp_path):
+    """Two ranks that both find no checkpoint: one of them makes it, the other takes it or makes the same."""
+    inputs = ["--demo", "--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--max-new-tokens", 8]
+    done = run(command(2, *inputs))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(NOTICE) == 1
+    assert merge(tmp_path / "out").returncode == 0
+    assert read_published(tmp_path / "out").keys() == {row["question_id"] for row in table_rows()}
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "something was left beside the checkpoint"
+    again = run(command(2, *inputs))
+    assert again.returncode == 0
+    assert "0 to do now" in again.stdout and "nothing to do" in again.stdout
+    assert len(list((tmp_path / "out").glob("shards/*"))) == 2, "a launch with nothing to do left a shard"
+
+
+def test_the_demo_checkpoint_is_the_same_wherever_it_is_made(tmp_path, checkpoint):
+    make_checkpoint(tmp_path / "again")
+    files = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    assert any("vision-lora" in str(name) for name in files)
+    for name in files:
+        assert (checkpoint / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_photographs_come_with_their_licence_note():
+    assert {row["image_id"] for row in table_rows()} | {"vqa.csv", "LICENSES.md"} == {p.name for p in DATA.iterdir()}
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="runs in the environment that launch/test.sh makes")
+def test_the_demo_command_shows_the_whole_job_in_under_two_minutes(tmp_path):
+    begun = time.monotonic()
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "demo.sh"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 120
+    assert "extracted: 31; failed: 0; missing: 0" in done.stdout
+    for name in ("run.json", "rows.csv", "coverage.json", "phi4_multimodal_embeddings_part_001.h5", "-r0/", "-r1/"):
+        assert name in done.stdout
