@@ -37,7 +37,7 @@ def main() -> int:
 
 def extract_share(options: ExtractOptions, world: World) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
-    from vqa_embeddings.checkpoint import find_checkpoint, load_model
+    from vqa_embeddings.checkpoint import find_checkpoint
     from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
     from vqa_embeddings.demo import NOTICE, demo_options
     from vqa_embeddings.launch import describe_run, read_input, start
@@ -65,9 +65,10 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     stop = StopFlag().install()
     from vqa_embeddings.extract import extract
     from vqa_embeddings.phi4 import Phi4
+    from vqa_embeddings.weights import load_model
 
-    model, processor = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
-    engine = Phi4(model, processor, options.max_new_tokens)
+    loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
+    engine = Phi4(*loaded, options.max_new_tokens)
     claim_run(options.output_dir, run, write_rows)
     assert options.images_dir is not None
     batches = extract(engine, table, launch.rows, options.images_dir, options.batch_size, options.num_workers)

@@ -129,18 +129,13 @@ def test_a_damaged_file_of_the_checkpoint_is_refused(tmp_path, checkpoint, name)
     )
 
 
-def test_truncated_weights_are_refused(tmp_path, checkpoint):
-    copy = shutil.copytree(checkpoint, tmp_path / "model")
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    refused(*arguments_for(DATA / "vqa.csv", copy), saying="not a whole safetensors file")
-
-
 def test_another_layout_is_refused(tmp_path, checkpoint):
     copy = shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "model_type": "phi4mm"}))
-    refused(*arguments_for(DATA / "vqa.csv", copy), saying="model_type 'phi4mm'; expected")
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "phi3_v"}))
+    refused(
+        *arguments_for(DATA / "vqa.csv", copy), saying="model_type 'phi3_v'; expected 'phi4_multimodal' (the native"
+    )
 
 
 def test_an_output_folder_of_another_run_is_refused_and_stays_as_it_is(tmp_path, checkpoint):

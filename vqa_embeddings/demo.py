@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqa_embeddings import __version__
-from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, quiet_library
+from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.options import ExtractOptions
+from vqa_embeddings.weights import quiet_library
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,40 @@ SPECIAL_TOKENS = {
     "<|system|>": True,
 }
 TARGETS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-QKV_GAIN, END_GAIN = 2.5, 1.3
-RANK, ALPHA = 8, 16  # the real adapter's scale, 2.0
+# Over random weights of unit gain: attention that tells questions apart, and is not so sharp that rounding decides it.
+QUERY_KEY_GAIN, VALUE_GAIN, EMBEDDING_GAIN, END_GAIN = 1.5, 10.0, 0.15, 1.3
+LORA_SCALE = 2  # alpha over rank, the real adapter's
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a random checkpoint is, as the library's configs name it; `rank` is the adapter's."""
+
+    decoder: dict[str, int]
+    vision: dict[str, int]
+    rank: int
+
+
+SMALL = Sizes(
+    decoder={
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    vision={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
+    rank=8,
+)
+AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_blocks": 1,
+    "num_attention_heads": 2,
+    "ext_pw_out_channel": 16,
+    "depthwise_separable_out_channel": 16,
+    "nemo_conv_channels": 16,
+}
 
 
 def demo_options(options: ExtractOptions) -> ExtractOptions:
@@ -48,10 +81,12 @@ def demo_options(options: ExtractOptions) -> ExtractOptions:
     )
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Write a small Phi-4-multimodal checkpoint with random weights in the native layout, 3 MB.
+def make_checkpoint(
+    folder: Path, seed: int = 0, sizes: Sizes = SMALL, device: str = "cpu", dtype: str = "float32"
+) -> None:
+    """Write a Phi-4-multimodal checkpoint with random weights in the native layout; the small one has 3 MB.
 
-    The same seed gives the same bytes, so that ranks on different nodes make the same model.
+    The same seed gives the same bytes on the same kind of device, so that ranks on different nodes make the same model.
     """
     import torch
     from safetensors.torch import save_file
@@ -60,33 +95,40 @@ def make_checkpoint(folder: Path, seed: int = 0) -> None:
     quiet_library()
     folder.mkdir(parents=True)
     tokens, unreadable, count = _save_processor(folder)
-    config = Phi4MultimodalConfig(**_config(tokens, count))
-    model = Phi4MultimodalForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
+    config = Phi4MultimodalConfig(**_config(sizes, tokens, count))
+    with torch.device(device):
+        model = Phi4MultimodalForCausalLM(config)
+    stored = getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
-        parameter.data = _random(name, parameter.shape, generator)
-    # Attention sharp enough, and embeddings large enough, that what was asked shows in the states.
+        parameter.data = _random(name, parameter.shape, generator).to(stored)
     embeddings = model.get_input_embeddings().weight.data
-    embeddings *= 0.5 * config.hidden_size**0.5
+    embeddings *= EMBEDDING_GAIN * config.hidden_size**0.5
     for layer in model.model.layers:
-        layer.self_attn.qkv_proj.weight.data *= QKV_GAIN
-    # Noise that can be read: bytes outside ASCII hardly ever win, and the end token wins often enough.
+        weight = layer.self_attn.qkv_proj.weight.data
+        values = len(weight) - config.num_key_value_heads * layer.self_attn.head_dim
+        weight[:values] *= QUERY_KEY_GAIN
+        weight[values:] *= VALUE_GAIN
+    # Noise that can be read: only tokens of the vocabulary win, bytes outside ASCII hardly ever, and the end token
+    # often enough.
     embeddings[unreadable] *= 0.01
+    embeddings[count:] *= 0.01
     embeddings[tokens["<|end|>"]] *= END_GAIN
     model.generation_config.eos_token_id = config.eos_token_id
     model.save_pretrained(folder)
 
     adapter = folder / ADAPTER_FOLDER
     adapter.mkdir()
-    lora = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [t.split(".")[1] for t in TARGETS]}
+    targets = [target.partition(".")[2] for target in TARGETS]
+    lora = {"peft_type": "LORA", "r": sizes.rank, "lora_alpha": LORA_SCALE * sizes.rank, "target_modules": targets}
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(lora, indent=2))
     weights = {}
     for layer in range(config.num_hidden_layers):
         for target in TARGETS:
             rows, columns = model.get_submodule(f"model.layers.{layer}.{target}").weight.shape
             name = f"model.layers.{layer}.{target}"
-            for key, shape in (("lora_A.weight", (RANK, columns)), ("lora_B.weight", (rows, RANK))):
-                weights[f"{name}.{key}"] = 0.5 * _random(key, shape, generator)
+            for key, shape in (("lora_A.weight", (sizes.rank, columns)), ("lora_B.weight", (rows, sizes.rank))):
+                weights[f"{name}.{key}"] = (0.5 * _random(key, shape, generator)).to(stored)
     save_file(weights, adapter / ADAPTER_WEIGHTS)
 
 
@@ -112,28 +154,26 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     """Normal values that keep the size of what flows through: 1/sqrt(inputs) for matrices, near 1 for norms."""
     import torch
 
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return 0.1 * values
     return 1 + 0.1 * values if len(shape) == 1 else values / values[0].numel() ** 0.5
 
 
-def _config(tokens: dict[str, int], count: int) -> dict[str, object]:
+def _config(sizes: Sizes, tokens: dict[str, int], count: int) -> dict[str, object]:
+    heads = sizes.decoder["num_attention_heads"]
+    angles = int(sizes.decoder["hidden_size"] // heads * 0.75) // 2
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "partial_rotary_factor": 0.75,
         "original_max_position_embeddings": 4096,
-        "short_factor": [1.0] * 9,
-        "long_factor": [1.0 + 0.5 * index for index in range(9)],
+        "short_factor": [1.0] * angles,
+        "long_factor": [1.0 + 0.5 * index for index in range(angles)],
     }
     return {
         "vocab_size": count,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **sizes.decoder,
         "max_position_embeddings": 131072,
         "original_max_position_embeddings": 4096,
         "rope_parameters": rope,
@@ -141,23 +181,8 @@ def _config(tokens: dict[str, int], count: int) -> dict[str, object]:
         "bos_token_id": tokens["<|endoftext|>"],
         "pad_token_id": tokens["<|endoftext|>"],
         "eos_token_id": [tokens["<|endoftext|>"], tokens["<|end|>"]],
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_token_id": tokens["<|image|>"],
-        },
-        "audio_config": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_blocks": 1,
-            "num_attention_heads": 2,
-            "ext_pw_out_channel": 16,
-            "depthwise_separable_out_channel": 16,
-            "nemo_conv_channels": 16,
-            "audio_token_id": tokens["<|audio|>"],
-        },
+        "vision_config": {**sizes.vision, "image_token_id": tokens["<|image|>"]},
+        "audio_config": {**AUDIO, "audio_token_id": tokens["<|audio|>"]},
     }
 
 

@@ -79,15 +79,16 @@ class Phi4:
 
     Args:
         model: the library's `Phi4MultimodalForCausalLM`, its adapter merged or active.
-        processor: its `Phi4MultimodalProcessor`.
+        tokenizer: its tokenizer, whose image token the model's config names.
+        image_processor: its `Phi4MultimodalImageProcessor`.
         max_new_tokens: the longest answer, in tokens.
     """
 
-    def __init__(self, model: Any, processor: Any, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, max_new_tokens: int) -> None:
         self.device: torch.device = model.device
         self.max_new_tokens = max_new_tokens
-        self._processor = processor
-        self._tokenizer = processor.tokenizer
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
         self._decoder = model.model
         self._lm_head = model.lm_head
         self._image_embed = model.model.embed_tokens_extend.image_embed
@@ -102,10 +103,13 @@ class Phi4:
         self._image_token: int = model.config.vision_config.image_token_id
         self._never = [self._image_token, model.config.audio_config.audio_token_id]
         ends = model.generation_config.eos_token_id or model.config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.convert_tokens_to_ids("<|end|>")}
         self._plain = _without_added_tokens(self._tokenizer.backend_tokenizer)
-        self._head = self._tokenizer("<|user|>" + self._tokenizer.image_token)["input_ids"]
-        self._tail = self._tokenizer("<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
+        placeholder = tokenizer.convert_ids_to_tokens(self._image_token)
+        self._end_swallows = self._strips("<|end|>", "lstrip")
+        self._image_swallows = self._strips(placeholder, "rstrip")
+        self._head = tokenizer("<|user|>" + placeholder)["input_ids"]
+        self._tail = tokenizer("<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
 
     def pixels(self, picture: Image.Image) -> Pixels:
         """Crops of an RGB picture; safe to call from several threads.
@@ -114,7 +118,7 @@ class Phi4:
             PictureUnreadable: the processor takes no picture of this shape.
         """
         try:
-            made = self._processor.image_processor(images=[picture], return_tensors="pt")
+            made = self._image_processor(images=[picture], return_tensors="pt")
         except Exception as error:  # of one picture, whatever it is: the others go on
             raise PictureUnreadable(
                 f"a picture of {picture.width}x{picture.height} pixels is refused: {error}"
@@ -141,9 +145,9 @@ class Phi4:
 
     def question(self, text: str) -> list[int]:
         """The tokens that follow the image tokens. Text that looks like a special token stays text."""
-        if self._strips(self._tokenizer.image_token, "rstrip"):
+        if self._image_swallows:
             text = text.lstrip(WHITE_SPACE)
-        if self._strips("<|end|>", "lstrip"):
+        if self._end_swallows:
             text = text.rstrip(WHITE_SPACE)
         return [*self._plain.encode(text, add_special_tokens=False).ids, *self._tail]
 

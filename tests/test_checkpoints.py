@@ -1,0 +1,341 @@
+"""Checkpoints as users have them: both layouts, the hub's cache, every number format; and those that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENS, arguments_for, command, merge, run, table_rows, write_table
+from original_layout import write_original
+from test_model import ask, load
+from test_refusals import ADAPTERS, refused
+
+from vqa_embeddings import checkpoint as checkpoints
+from vqa_embeddings.checkpoint import find_checkpoint
+from vqa_embeddings.compute import Device, choose_attention, choose_dtype, find_device
+from vqa_embeddings.demo import DATA
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.images import open_picture
+from vqa_embeddings.layouts import IMAGE_TOKENS
+from vqa_embeddings.options import MODEL
+from vqa_embeddings.weights import load_model
+
+PART = "phi4_multimodal_embeddings_part_001.h5"
+
+
+@pytest.fixture(scope="module")
+def original(checkpoint, tmp_path_factory) -> Path:
+    return write_original(checkpoint, tmp_path_factory.mktemp("original") / "checkpoint")
+
+
+@pytest.fixture(params=["native", "original"])
+def copy(request, checkpoint, original, tmp_path) -> Path:
+    """A copy of the checkpoint in each layout, to be damaged."""
+    return shutil.copytree(original if request.param == "original" else checkpoint, tmp_path / request.param)
+
+
+def contents(part: Path) -> dict[str, tuple]:
+    """All of a part but its attributes: names, types, shapes, and the bytes as they lie in the file."""
+    found = {}
+
+    def see(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        found[name] = (item.dtype, item.shape, np.asarray(item[()]).tobytes()) if isinstance(item, h5py.Dataset) else ()
+
+    with h5py.File(part) as file:
+        file.visititems(see)
+    return found
+
+
+def test_both_layouts_of_a_checkpoint_give_the_same_parts(tmp_path, checkpoint, original):
+    for name, folder in (("native", checkpoint), ("original", original)):
+        done = run(command(0, *arguments_for(DATA / "vqa.csv", folder), "--output-dir", tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        assert merge(tmp_path / name).returncode == 0
+    parts = [contents(tmp_path / name / PART) for name in ("native", "original")]
+    assert len(parts[0]) > 31 * 15
+    assert parts[0] == parts[1]
+    with h5py.File(tmp_path / "original" / PART) as part:
+        assert (part.attrs["layout"], part.attrs["model_name"]) == ("original", str(original))
+
+
+def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
+    models = [
+        load_model(find_checkpoint(str(p), None, p), "cpu", "float32", "sdpa", "merged") for p in (checkpoint, original)
+    ]
+    (native, *_), (renamed, tokenizer, image_processor) = models
+    for (name, tensor), (other_name, other) in zip(
+        native.state_dict().items(), renamed.state_dict().items(), strict=True
+    ):
+        assert name == other_name and torch.equal(tensor, other)
+    assert renamed.config.vision_config.image_token_id == tokenizer.convert_tokens_to_ids("<|endoftext10|>")
+    assert image_processor.dynamic_hd == 36
+
+
+def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    del config["vision_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    found = find_checkpoint(str(copy), None, copy)
+    assert found.vision_size == 1152
+    with pytest.raises(Refused, match="cannot be loaded"):  # the small tower's tensors do not fit
+        load_model(found, "cpu", "float32", "sdpa", "merged")
+
+
+def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
+    path = copy / "tokenizer.json"
+    description = json.loads(path.read_text())
+    one_by_one = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [one_by_one, description["pre_tokenizer"]]}
+    path.write_text(json.dumps(description))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    _, tokenizer, _ = load_model(find_checkpoint(str(copy), None, copy), "cpu", "float32", "sdpa", "merged")
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == description["pre_tokenizer"]
+
+
+def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path, checkpoint):
+    """From a cache that was filled before, as on a cluster's nodes without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / f"models--{MODEL.replace('/', '--')}"
+    shutil.copytree(checkpoint, repository / "snapshots" / commit)
+    (repository / "refs" / "refs" / "pr").mkdir(parents=True)
+    (repository / "refs" / "refs" / "pr" / "70").write_text(commit)
+    rows = [{**row, "image_id": "missing.jpg"} for row in table_rows()[:1]]
+    inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
+    inputs += ["--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out"]
+    done = run(command(0, *inputs))
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (described["model"], described["revision"], described["layout"]) == (MODEL, commit, "native")
+    refused(*inputs, "--revision", "main", saying="revision main) is neither a folder nor to be had")
+
+
+COSINE = 0.999
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, expected, dtype, lora):
+    engine = load(checkpoint, lora, dtype=dtype, tokens=1)
+    for image_id in ("coffee.jpg", "astronaut.jpg"):
+        rows = [row for row in table_rows() if row["image_id"] == image_id]
+        shown = engine.picture(engine.pixels(open_picture(DATA / image_id)))
+        assert cosine(shown.vision_only, expected[rows[0]["question_id"]].vision_only) > COSINE
+        found = ask(engine, open_picture(DATA / image_id), [row["question"] for row in rows])
+        for row, answer in zip(rows, found, strict=True):
+            wanted = expected[row["question_id"]]
+            for index, layer in enumerate(engine.layers):
+                assert cosine(answer.query_token[index], wanted.query_token[layer]) > COSINE
+                assert cosine(answer.vision_token[index], wanted.vision_token[layer]) > COSINE
+
+
+def test_merging_rounds_once(checkpoint):
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    lora = load_file(checkpoint / "vision-lora" / "adapter_model.safetensors")
+    found = find_checkpoint(str(checkpoint), None, checkpoint)
+    model, *_ = load_model(found, "cpu", "bfloat16", "sdpa", "merged")
+    twice_differs = False
+    for name, parameter in model.named_parameters():
+        exact = weights[name]
+        assert parameter.dtype == torch.bfloat16
+        if name.replace("weight", "lora_A.weight") in lora:
+            a, b = (lora[name.replace("weight", f"lora_{matrix}.weight")] for matrix in "AB")
+            twice_differs |= not torch.equal((exact.bfloat16().float() + 2 * (b @ a)).bfloat16(), parameter)
+            exact = exact + 2 * (b @ a)
+        # The product's own summation order may move a value over a rounding edge; a second rounding moves many.
+        assert (parameter == exact.bfloat16()).float().mean() > 0.999
+    assert twice_differs, "otherwise this shows nothing"
+
+
+GPU = Device("cuda:0", "a GPU", bfloat16=True, no_flash="")
+OLD_GPU = Device("cuda:0", "an old GPU", bfloat16=False, no_flash="flash-attn needs compute capability 8.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "dtype", "attention"),
+    [
+        (find_device(0) if not torch.cuda.is_available() else GPU, "float32", "float32", "sdpa"),
+        (GPU, "auto", "bfloat16", "flash_attention_2"),
+        (GPU, "float32", "float32", "sdpa"),
+        (OLD_GPU, "auto", "float16", "sdpa"),
+        (Device("cuda:0", "a GPU", True, "flash-attn is not installed"), "auto", "bfloat16", "sdpa"),
+    ],
+)
+def test_what_is_chosen_suits_the_device_and_says_why(device, asked, dtype, attention):
+    chosen = choose_dtype(asked, device)
+    kernels = choose_attention("auto", chosen.value, device)
+    assert (chosen.value, kernels.value) == (dtype, attention)
+    assert chosen.reason and kernels.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (OLD_GPU, "float16", "needs compute capability 8.0; use sdpa"),
+        (GPU, "float32", "computes in float16 or bfloat16 only; use sdpa"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused_with_the_reason(device, dtype, reason):
+    with pytest.raises(Refused, match=reason):
+        choose_attention("flash_attention_2", dtype, device)
+
+
+def test_a_format_that_the_device_lacks_is_refused():
+    with pytest.raises(Refused, match="an old GPU has none; use float16 or float32"):
+        choose_dtype("bfloat16", OLD_GPU)
+
+
+def test_a_flash_attn_built_for_another_torch_is_not_chosen(tmp_path, monkeypatch):
+    from vqa_embeddings.compute import _no_flash_package
+
+    assert _no_flash_package() == "flash-attn is not installed"
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorC2E')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "cannot be imported (undefined symbol" in _no_flash_package()
+    sys.modules.pop("flash_attn", None)
+
+
+# --- refused, in both layouts --------------------------------------------------------------------------------------
+
+
+def asked_of(folder: Path) -> list[object]:
+    return [*arguments_for(DATA / "vqa.csv", folder), "--output-dir", folder.parent / "out"]
+
+
+def weights_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def test_truncated_weights_are_refused(copy):
+    weights = weights_of(copy)[-1]
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused(*asked_of(copy), saying="not a whole safetensors file")
+
+
+def test_weights_that_are_not_there_are_refused(copy):
+    weights_of(copy)[-1].rename(copy / "pytorch_model.bin")
+    refused(*asked_of(copy), saying="(found pytorch_model.bin, which is not read); expected the weights as safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "saying"),
+    [
+        ("model.norm.weight", "model-00003-of-00002.safetensors", "holds no model-00003-of-00002.safetensors"),
+        ("model.norm.weight", "../checkpoint/model-00001-of-00002.safetensors", "expected file names beside it"),
+        ("model.more.weight", "model-00001-of-00002.safetensors", "lacks model.more.weight, which"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(original, tmp_path, name, file, saying):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    index["weight_map"][name] = file
+    (copy / checkpoints.INDEX).write_text(json.dumps(index))
+    refused(*asked_of(copy), saying=saying)
+
+
+def edit_weights(folder: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    index = {}
+    for path in weights_of(folder):
+        tensors = change(load_file(path))
+        save_file(tensors, path)
+        index.update(dict.fromkeys(tensors, path.name))
+    if (folder / checkpoints.INDEX).exists():
+        (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_a_tensor_too_few_is_refused(copy):
+    edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"})
+    refused(*asked_of(copy), saying="lacks 1 tensors of the model, the first model.norm.weight")
+
+
+def test_a_tensor_without_a_place_is_refused(copy):
+    """As of a model whose projections have biases: without them it would be another one."""
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    edit_weights(copy, lambda tensors: {**tensors, bias: torch.ones(96)})
+    refused(*asked_of(copy), saying=f"no place for, the first {bias}")
+
+
+def test_quantised_weights_are_refused(copy):
+    name = "model.norm.weight"
+    edit_weights(copy, lambda t: {**t, name: t[name].to(torch.int8)} if name in t else t)
+    refused(*asked_of(copy), saying="weights of format I8; expected F16, BF16, F32")
+
+
+@pytest.mark.parametrize(
+    ("token", "saying"),
+    [
+        ("<|end|>", {"native": "has no special token <|end|>", "original": "has no special token <|end|>"}),
+        (
+            "image",
+            {"native": "image token is 519, the config's is 513", "original": "no special token <|endoftext10|>"},
+        ),
+    ],
+)
+def test_a_tokenizer_without_the_prompts_tokens_is_refused(copy, token, saying):
+    if token == "image":
+        token = IMAGE_TOKENS[copy.name]
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace(token, "<|other|>"))
+    refused(*asked_of(copy), saying=saying[copy.name])
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    refused(*asked_of(copy), saying="holds no tokenizer.json")
+
+
+def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vision_lora": {"r": 8}}))
+    refused(*asked_of(copy), saying="gives no vision_lora with r, lora_alpha and layer")
+
+
+@pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size"])
+def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, tmp_path, kind):
+    change, saying = ADAPTERS[kind]
+    copy = shutil.copytree(original, tmp_path / "model")
+
+    def of_vision(tensors: dict) -> dict:
+        ours = {name for name in tensors if ".lora_" in name and ".vision." in name}
+        lora = {name.replace(".vision.", "."): tensors[name] for name in sorted(ours)}
+        rest = {name: t for name, t in tensors.items() if name not in ours}
+        return rest | {name.replace(".weight", ".vision.weight"): t for name, t in change(lora).items()}
+
+    edit_weights(copy, of_vision)
+    refused(*asked_of(copy), saying=saying)
+
+
+def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(checkpoint, original, tmp_path):
+    """Its settings are written one level lower than in the native layout, and its names have peft's prefix."""
+    from original_layout import VISION_PATTERN
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(original, tmp_path / "model")
+    edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if ".lora_" not in name})
+    refused(*asked_of(copy), saying="Vision adapter not found")
+    adapter = shutil.copytree(checkpoint / "vision-lora", copy / "vision-lora")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": VISION_PATTERN}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    prefixed = {name.replace("model.layers", "base_model.model.layers"): t for name, t in tensors.items()}
+    save_file(prefixed, adapter / "adapter_model.safetensors")
+    picture, question = open_picture(DATA / "cat.jpg"), ["Why?"]
+    [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), picture, question) for folder in (copy, checkpoint))
+    assert found.text == wanted.text
+    assert np.array_equal(found.query_token, wanted.query_token)

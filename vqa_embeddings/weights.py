@@ -1,0 +1,239 @@
+"""The model, loaded through the library's own classes from either layout, with the vision LoRA provably on."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqa_embeddings.checkpoint import Adapter, Checkpoint
+from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, native_settings
+
+if TYPE_CHECKING:
+    import torch
+
+# The library's loader reports false losses for adapters named "vision": its test is a substring of the key.
+ADAPTER_NAME = "lora_of_vision"
+PROMPT_TOKENS = ("<|user|>", "<|end|>", "<|assistant|>")
+# Of the tensors, those that nothing reads: missing ones do no harm, and superfluous ones are no sign of another model.
+UNREAD = (".audio_embed.", ".lora_", ".img_processor.head.", ".img_processor.post_layernorm.")
+
+
+def quiet_library() -> None:
+    """Keep the library's reports and bars out of ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, lora: str) -> tuple[Any, Any, Any]:
+    """Load the model with its vision LoRA, and what prepares its input.
+
+    Args:
+        lora: "merged" adds the adapter to the weights in float32 and rounds once; "adapter" keeps peft's layers.
+    Returns:
+        The `Phi4MultimodalForCausalLM`, on the device and ready to infer; the tokenizer; the image processor.
+    Raises:
+        Refused: a file is damaged, a tensor is missing or of another size, the tokenizer is of another model, or the
+            adapter does not cover the decoder.
+    """
+    import torch
+
+    quiet_library()  # what it reports as a fault is checked, and refused, here
+    # What is to be rounded once, after the LoRA is in, must not be rounded here.
+    loaded_dtype = checkpoint.dtype if lora == "merged" and dtype != "float32" else dtype
+    try:
+        tokenizer = _load_tokenizer(checkpoint)
+        image_processor = _load_image_processor(checkpoint)
+        config = _load_config(checkpoint, tokenizer)
+        model, loading = _model_without_audio().from_pretrained(
+            checkpoint.folder,
+            config=config,
+            key_mapping=TENSOR_NAMES,
+            dtype=getattr(torch, loaded_dtype),
+            attn_implementation=attention,
+            device_map={"": device} if device != "cpu" else None,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        _check_tensors(checkpoint, loading["missing_keys"], loading["unexpected_keys"])
+        _add_adapter(model, checkpoint.adapter, getattr(torch, dtype) if lora == "merged" else None)
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise nearly every kind of error on files that do not fit together
+        raise Refused(
+            f"{checkpoint.folder} cannot be loaded: {one_line(error)}; download the checkpoint again"
+        ) from error
+    return model.eval().requires_grad_(False), tokenizer, image_processor
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer as `tokenizer.json` describes it.
+
+    The class that a checkpoint names (GPT2Tokenizer) would split text its own way from transformers 5 on, silently.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.is_file():
+        raise Refused(f"{checkpoint.folder} holds no {path.name}; download the tokenizer of the same checkpoint")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder, local_files_only=True)
+    known = tokenizer.get_added_vocab()
+    for token in (_image_token(checkpoint, tokenizer), *PROMPT_TOKENS):
+        if token not in known:
+            raise Refused(
+                f"{path} has no special token {token}; expected the prompt's own tokens, "
+                "download the tokenizer of the same checkpoint"
+            )
+    return tokenizer
+
+
+def _image_token(checkpoint: Checkpoint, tokenizer: Any) -> str:
+    return getattr(tokenizer, "image_token", None) or IMAGE_TOKENS[checkpoint.layout]
+
+
+def _load_image_processor(checkpoint: Checkpoint) -> Any:
+    from transformers import Phi4MultimodalImageProcessor
+
+    if checkpoint.layout == "native":
+        return Phi4MultimodalImageProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+    # The original file names a class of downloaded code; of its settings the library's class knows this one.
+    path = checkpoint.folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return Phi4MultimodalImageProcessor(**{name: settings[name] for name in ("dynamic_hd",) if name in settings})
+
+
+def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
+    """The library's config, from either layout."""
+    from transformers import Phi4MultimodalConfig
+
+    known = tokenizer.get_added_vocab()
+    image_token = known[_image_token(checkpoint, tokenizer)]
+    if checkpoint.layout == "original":
+        audio_token = known.get(ORIGINAL_AUDIO_TOKEN, image_token)
+        return Phi4MultimodalConfig(**native_settings(checkpoint.config, image_token, audio_token, known["<|end|>"]))
+    config = Phi4MultimodalConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    if config.vision_config.image_token_id != image_token:
+        raise Refused(
+            f"{checkpoint.folder}: the tokenizer's image token is {image_token}, the config's is "
+            f"{config.vision_config.image_token_id}; expected them to be the same, download the tokenizer and the "
+            "config of one revision"
+        )
+    return config
+
+
+def _model_without_audio() -> Any:
+    """The library's class less the audio tower, which no picture reaches and whose layers would catch the adapter."""
+    from transformers import Phi4MultimodalForCausalLM
+
+    class WithoutAudio(Phi4MultimodalForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.embed_tokens_extend.audio_embed = None
+
+    return WithoutAudio
+
+
+def _check_tensors(checkpoint: Checkpoint, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Every tensor that is read is there, and every one that is there has its place."""
+    lacking, strange = ([name for name in sorted(names) if not _unread(name)] for names in (missing, unexpected))
+    if lacking:
+        raise Refused(
+            f"{checkpoint.folder} lacks {len(lacking)} tensors of the model, the first {lacking[0]}; "
+            "expected a whole checkpoint, download it again"
+        )
+    if strange:
+        raise Refused(
+            f"{checkpoint.folder} holds {len(strange)} tensors that the model has no place for, the first "
+            f"{strange[0]}; expected a checkpoint of Phi-4-multimodal, check --model"
+        )
+
+
+def _unread(name: str) -> bool:
+    return any(part in name for part in UNREAD)
+
+
+def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None) -> None:
+    """Put the adapter on the decoder, and into its weights where there is a format to round them to."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = LoraConfig.from_peft_type(**adapter.settings)
+    config.inference_mode = True
+    try:
+        inject_adapter_in_model(config, model, ADAPTER_NAME)
+        layers = _adapter_layers(model)
+        for layer in layers.values():  # float32 whatever the model's format, so that merging rounds once
+            layer.lora_A[ADAPTER_NAME].float()
+            layer.lora_B[ADAPTER_NAME].float()
+        loaded = set_peft_model_state_dict(model, _adapter_tensors(adapter), ADAPTER_NAME)
+    except (ValueError, RuntimeError) as error:
+        raise Refused(
+            f"{adapter.where} holds a vision LoRA that does not fit the model: {one_line(error)}; "
+            "use the adapter of the same checkpoint"
+        ) from None
+    if loaded.unexpected_keys:
+        raise Refused(
+            f"{adapter.where} holds {loaded.unexpected_keys[0]}, which the model has no place for; "
+            "use the adapter of the same checkpoint"
+        )
+    _check_adapter_layers(adapter.where, layers, model.config.num_hidden_layers, loaded.missing_keys)
+    if merged_dtype is not None:
+        _merge(model, layers, merged_dtype)
+
+
+def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missing_keys: Iterable[str]) -> None:
+    """Every projection that the adapter targets is covered in every decoder layer, by weights that do something."""
+    missing = [key for key in missing_keys if ".lora_" in key]
+    silent = [name for name, layer in layers.items() if not layer.lora_B[ADAPTER_NAME].weight.any()]
+    targets = {name.split(".", 3)[3] for name in layers if name.startswith("model.layers.")}
+    wanted = [f"model.layers.{index}.{target}" for index in range(count) for target in sorted(targets)]
+    absent = [name for name in wanted if name not in layers]
+    if missing or silent or absent or not wanted:
+        what = (
+            f"without {missing[0]}" if missing
+            else f"all zero in {silent[0]}" if silent
+            else f"not on {absent[0]}" if absent
+            else "on no decoder layer"
+        )  # fmt: skip
+        raise Refused(
+            f"Vision adapter not found: the one of {where} is {what}; expected trained weights for each projection "
+            "that it targets, in every layer; use the adapter of the same checkpoint"
+        )
+
+
+def _adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The adapter in float32, by the names that the library's model has."""
+    from safetensors import safe_open
+
+    by_file: dict[Path, dict[str, str]] = defaultdict(dict)
+    for name, (path, stored) in adapter.tensors.items():
+        by_file[path][name] = stored
+    tensors = {}
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(stored).float() for name, stored in names.items()})
+    return tensors
+
+
+def _adapter_layers(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _merge(model: Any, layers: dict[str, Any], dtype: torch.dtype) -> None:
+    """Add the adapter to the weights in float32, take peft's layers away; round every parameter once, to `dtype`."""
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        base.weight.data = base.weight.data.float()
+        layer.merge(safe_merge=True)
+        base.weight.data = base.weight.data.to(dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies are not to be rounded
+        parameter.data = parameter.data.to(dtype)
