@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import flash_stand_in
 import numpy as np
 import pytest
 import torch
@@ -12,20 +13,23 @@ from PIL import Image
 from reference import relative_error
 from tokenizers import AddedToken, Tokenizer
 
-from vqa_embeddings.checkpoint import find_checkpoint, load_model
+from vqa_embeddings.checkpoint import find_checkpoint
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.errors import PromptTooLong
 from vqa_embeddings.extract import _record
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4, _without_added_tokens
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.weights import load_model
 
 TOLERANCE = 1e-4
 
 
-def load(checkpoint: Path, lora: str = "merged", attention: str = "sdpa", tokens: int = TOKENS) -> Phi4:
+def load(
+    checkpoint: Path, lora: str = "merged", attention: str = "sdpa", tokens: int = TOKENS, dtype: str = "float32"
+) -> Phi4:
     found = find_checkpoint(str(checkpoint), None, checkpoint)
-    return Phi4(*load_model(found, "cpu", "float32", attention, lora), tokens)
+    return Phi4(*load_model(found, "cpu", dtype, attention, lora), tokens)
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +184,17 @@ def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
     assert isinstance(record, Failed)
     assert (record.row, record.error) == (3, "NonFiniteValues")
     assert "query_token_representation/layer_4" in record.message
+
+
+def test_flash_attention_is_told_what_it_must_not_see(model, checkpoint, expected, monkeypatch):
+    """Through its interface in plain torch; the kernels themselves run in tests/gpu/check.sh."""
+    flash_stand_in.install(monkeypatch)
+    engine = load(checkpoint)
+    for config in (engine._decoder.config, engine._vision.tower.config):
+        monkeypatch.setattr(config, "_attn_implementation", "flash_attention_2")
+    for image_id in ("coffee.jpg", "astronaut.jpg"):
+        rows = [row for row in table_rows() if row["image_id"] == image_id][:3]
+        found = ask(engine, open_picture(DATA / image_id), [row["question"] for row in rows])
+        for row, answer in zip(rows, found, strict=True):
+            assert_equals(engine, answer, expected[row["question_id"]])
+    assert {True, False} == set(flash_stand_in.calls)

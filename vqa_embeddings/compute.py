@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from vqa_embeddings import __version__
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, one_line
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Device:
     name: str  # as torch names it: "cpu", "cuda:3"
     description: str
     bfloat16: bool
-    flash_attention: bool  # the package is installed and the device can run it
+    no_flash: str  # why flash-attn cannot run on it; empty where it can
 
     @property
     def kind(self) -> str:
@@ -38,11 +37,23 @@ def find_device(local_rank: int) -> Device:
     import torch
 
     if not torch.cuda.is_available():
-        return Device("cpu", "CPU", bfloat16=True, flash_attention=False)
+        return Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
     index = local_rank % torch.cuda.device_count()
-    recent = torch.cuda.get_device_capability(index) >= (8, 0)
-    flash = recent and importlib.util.find_spec("flash_attn") is not None
-    return Device(f"cuda:{index}", torch.cuda.get_device_name(index), bfloat16=recent, flash_attention=flash)
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    recent = capability >= (8, 0)
+    no_flash = "" if recent else f"flash-attn needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    return Device(f"cuda:{index}", name, bfloat16=recent, no_flash=no_flash or _no_flash_package())
+
+
+def _no_flash_package() -> str:
+    """Why flash-attn cannot be imported: a build for another torch is as common as none."""
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401
+    except ModuleNotFoundError:
+        return "flash-attn is not installed"
+    except ImportError as error:
+        return f"flash-attn is installed but cannot be imported ({one_line(error)})"
+    return ""
 
 
 def choose_dtype(asked: str, device: Device) -> Choice:
@@ -68,10 +79,8 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     Raises:
         Refused: flash-attn was asked for where it cannot run.
     """
-    lacking = ""
-    if not device.flash_attention:
-        lacking = "flash-attn is not installed, or the device cannot run it"
-    elif dtype == "float32":
+    lacking = device.no_flash
+    if not lacking and dtype == "float32":
         lacking = "flash-attn computes in float16 or bfloat16 only"
     if asked == "flash_attention_2" and lacking:
         raise Refused(f"--attn-implementation flash_attention_2 was asked for, but {lacking}; use sdpa")
