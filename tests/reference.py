@@ -25,10 +25,12 @@ class Expected:
 
 
 class Reference:
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
+        torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32 in convolutions too
+        self.device = device
         self.processor = Phi4MultimodalProcessor.from_pretrained(checkpoint)
         self.model = Phi4MultimodalForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
+            checkpoint, dtype=torch.float32, attn_implementation="eager", device_map={"": device}
         ).eval()
         self.model.load_adapter(str(checkpoint / "vision-lora"), adapter_name="reference_adapter")
         assert self.model.active_adapters() == ["reference_adapter"]
@@ -40,7 +42,7 @@ class Reference:
         image = ImageOps.exif_transpose(picture if isinstance(picture, Image.Image) else Image.open(picture))
         tokenizer = self.processor.tokenizer
         prompt = f"<|user|>{tokenizer.image_token}{question}<|end|><|assistant|>"
-        inputs = self.processor(text=prompt, images=image.convert("RGB"), return_tensors="pt")
+        inputs = self.processor(text=prompt, images=image.convert("RGB"), return_tensors="pt").to(self.device)
         ids = inputs["input_ids"]
         seen: dict[object, torch.Tensor] = {}
         decoder = self.model.model
@@ -64,9 +66,9 @@ class Reference:
         last_image = int((ids[0] == tokenizer.image_token_id).nonzero().max())
         shown = inputs["image_attention_mask"][0].flatten(1).bool()
         return Expected(
-            vision_only=seen["vision"][shown].mean(dim=0).numpy(),
-            vision_token={layer: seen[layer][0, last_image].numpy() for layer in self.layers},
-            query_token={layer: seen[layer][0, -1].numpy() for layer in self.layers},
+            vision_only=_numpy(seen["vision"][shown].mean(dim=0)),
+            vision_token={layer: _numpy(seen[layer][0, last_image]) for layer in self.layers},
+            query_token={layer: _numpy(seen[layer][0, -1]) for layer in self.layers},
             answer=self._answer(embeddings, hidden, max_new_tokens),
             tokens=ids.shape[1],
         )
@@ -81,7 +83,7 @@ class Reference:
             written.append(int(logits.argmax()))
             if written[-1] in config.eos_token_id or len(written) == max_new_tokens:
                 break
-            step = self.model.model.embed_tokens(torch.tensor([[written[-1]]]))
+            step = self.model.model.embed_tokens(torch.tensor([[written[-1]]], device=self.device))
             embeddings = torch.cat([embeddings, step], dim=1)
             hidden = self.model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -92,6 +94,14 @@ def _tensor(output: object) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
+
+
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference over the largest value of the vector."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def cosine(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected))

@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS, arguments_for, command, merge, run, table_rows, write_table
+from conftest import ROOT, TOKENS, arguments_for, command, merge, run, table_rows, write_table
 from original_layout import write_original
+from reference import cosine
 from test_model import ask, load
 from test_refusals import ADAPTERS, refused
 
@@ -120,10 +121,6 @@ def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path,
 COSINE = 0.999
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
 @pytest.mark.parametrize("lora", ["merged", "adapter"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, expected, dtype, lora):
@@ -206,6 +203,17 @@ def test_a_flash_attn_built_for_another_torch_is_not_chosen(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     assert "cannot be imported (undefined symbol" in _no_flash_package()
     sys.modules.pop("flash_attn", None)
+
+
+def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
+    """Its small half, here. Where there is a GPU, check.sh without --quick does the rest."""
+    script = ROOT / "tests" / "gpu" / "check.sh"
+    done = run(["bash", str(script), "--quick"], PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 cases are right" in done.stdout or torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        alone = run(["bash", str(script)], PYTHON=sys.executable)
+        assert (alone.returncode, alone.stderr) == (2, "no CUDA GPU found; expected one, or --quick\n")
 
 
 # --- refused, in both layouts --------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def near_the_edge(model) -> Image.Image:
 
 
 def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(checkpoint, reference, near_the_edge):
-    tokens = 6
+    tokens = 4
     model = load(checkpoint, tokens=tokens)
     prefix = model.picture(model.pixels(near_the_edge)).embeddings.shape[1]
     asked = "Is there a dog in the image? " * 40
@@ -113,11 +113,23 @@ def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(c
         """Text that makes a prompt of that many tokens."""
         return next(text for end in range(len(asked)) if prefix + len(model.question(text := asked[:end])) == length)
 
-    questions = [question(4096 - 20), question(4096 - 3), question(4096 + 1), question(4096 + 20)]
-    for found, text in zip(ask(model, near_the_edge, questions), questions, strict=True):
+    questions = [question(length) for length in (4096 - 20, 4096 - 2, 4096, 4096 + 1)]
+    in_company = ask(model, near_the_edge, questions)
+    for text, found in zip(questions, in_company, strict=True):
+        [alone] = ask(model, near_the_edge, [text])
         wanted = reference.row(near_the_edge, text, tokens)
         assert wanted.tokens == prefix + len(model.question(text))
         assert_equals(model, found, wanted)
+        assert_equals(model, alone, wanted)
+
+
+def test_a_picture_of_more_than_4096_tokens(checkpoint, reference):
+    tokens = 2
+    model, picture = load(checkpoint, tokens=tokens), open_picture(DATA / "coffee.jpg").resize((2048, 1536))
+    [found] = ask(model, picture, ["Is there a cup in the image?"])
+    wanted = reference.row(picture, "Is there a cup in the image?", tokens)
+    assert wanted.tokens > 5000
+    assert_equals(model, found, wanted)
 
 
 def test_the_regime_of_the_rotary_factors_shows_in_the_states(model, near_the_edge):

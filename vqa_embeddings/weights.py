@@ -43,6 +43,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
     """
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU's float32 convolutions, the patch embedding, have 10 bits
     quiet_library()  # what it reports as a fault is checked, and refused, here
     # What is to be rounded once, after the LoRA is in, must not be rounded here.
     loaded_dtype = checkpoint.dtype if lora == "merged" and dtype != "float32" else dtype
