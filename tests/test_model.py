@@ -16,10 +16,11 @@ from tokenizers import AddedToken, Tokenizer
 from vqa_embeddings.checkpoint import find_checkpoint
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.errors import PromptTooLong
-from vqa_embeddings.extract import _record
+from vqa_embeddings.extract import _ask, _record
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4, _without_added_tokens
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.table import Table
 from vqa_embeddings.weights import load_model
 
 TOLERANCE = 1e-4
@@ -37,21 +38,17 @@ def model(checkpoint) -> Phi4:
     return load(checkpoint)
 
 
-def ask(model: Phi4, picture: Image.Image, questions: list[str]) -> list:
-    """All questions in one batch a regime; answers in the order of the questions."""
+def ask(model: Phi4, picture: Image.Image, questions: list[str]) -> list[Extracted]:
+    """All questions on a picture, in one batch where they may share one; records in the order of the questions."""
+    texts = [""] * len(questions)
+    table = Table(texts, texts, questions, texts)
     shown = model.picture(model.pixels(picture))
-    tokens = [model.question(question) for question in questions]
-    answers: dict[int, object] = {}
-    for long in (False, True):
-        members = [index for index, t in enumerate(tokens) if model.is_long(shown, t) == long]
-        if members:
-            prefix = model.prefix(shown, long)
-            answers.update(zip(members, model.answer(shown, prefix, [tokens[i] for i in members]), strict=True))
-    return [answers[index] for index in range(len(questions))]
+    batches = _ask(model, shown, table, list(range(len(questions))), batch_size=len(questions))
+    return sorted((record for batch in batches for record in batch), key=lambda record: record.row)
 
 
 def assert_equals(model: Phi4, found, wanted) -> None:
-    assert found.text == wanted.answer
+    assert found.answer == wanted.answer
     for index, layer in enumerate(model.layers):
         assert relative_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
         assert relative_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
@@ -65,7 +62,7 @@ def test_a_row_does_not_see_its_company(model):
     together = ask(model, picture, questions)
     for question, found in zip(questions, together, strict=True):
         alone = ask(model, picture, [question])[0]
-        assert found.text == alone.text
+        assert found.answer == alone.answer
         for index in range(len(model.layers)):
             assert relative_error(found.query_token[index], alone.query_token[index]) < TOLERANCE
             assert relative_error(found.vision_token[index], alone.vision_token[index]) < TOLERANCE
