@@ -59,10 +59,11 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
             attn_implementation=attention,
             device_map={"": device} if device != "cpu" else None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             local_files_only=True,
             use_safetensors=True,
         )
-        _check_tensors(checkpoint, loading["missing_keys"], loading["unexpected_keys"])
+        _check_tensors(checkpoint, loading)
         _add_adapter(model, checkpoint.adapter, getattr(torch, dtype) if lora == "merged" else None)
     except (Refused, torch.OutOfMemoryError):
         raise
@@ -140,9 +141,15 @@ def _model_without_audio() -> Any:
     return WithoutAudio
 
 
-def _check_tensors(checkpoint: Checkpoint, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Every tensor that is read is there, and every one that is there has its place."""
-    lacking, strange = ([name for name in sorted(names) if not _unread(name)] for names in (missing, unexpected))
+def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
+    """Every tensor that is read is there, of the right size, and every one that is there has its place."""
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise Refused(
+            f"{checkpoint.folder}: {name} is of size {list(found)}, its config.json asks for {list(expected)}; "
+            "expected the weights and the config of one checkpoint, download them again"
+        )
+    lacking = sorted(name for name in loading["missing_keys"] if not _unread(name))
+    strange = sorted(name for name in loading["unexpected_keys"] if not _unread(name))
     if lacking:
         raise Refused(
             f"{checkpoint.folder} lacks {len(lacking)} tensors of the model, the first {lacking[0]}; "
