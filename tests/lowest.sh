@@ -13,10 +13,13 @@ environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "$python" -m venv "$environment"
 . "$environment/bin/activate"
-# "name>=1.2" and "name>=1.2,<3" become "name==1.2"; a requirement without a lowest version would be an error here.
+# "name>=1.2" and "name>=1.2,<3" become "name==1.2".
 sed -n '/^dependencies = \[/,/^\]/p; /^test = \[/p' pyproject.toml | grep -o '"[^"]*"' | tr -d '"' \
     | sed -E 's/^([A-Za-z0-9_-]+)>=([0-9.]+)(,.*)?$/\1==\2/' > "$environment/lowest.txt"
-cat "$environment/lowest.txt"
+if grep -v == "$environment/lowest.txt"; then
+    echo "error: a requirement without a lowest version" >&2
+    exit 2
+fi
 python -m pip install --quiet --disable-pip-version-check -r "$environment/lowest.txt"
 python -m pip freeze
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592

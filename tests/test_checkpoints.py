@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
+import flash_stand_in
 import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOKENS, arguments_for, command, merge, run, table_rows, write_table
-from original_layout import write_original
+from original_layout import VISION_PATTERN, write_original
 from reference import cosine
 from test_model import ask, load
 from test_refusals import ADAPTERS, refused
 
 from vqa_embeddings import checkpoint as checkpoints
 from vqa_embeddings.checkpoint import find_checkpoint
-from vqa_embeddings.compute import Device, choose_attention, choose_dtype, find_device
+from vqa_embeddings.compute import Device, _no_flash_package, choose_attention, choose_dtype
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.images import open_picture
@@ -80,9 +84,7 @@ def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
 
 def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(original, tmp_path):
     copy = shutil.copytree(original, tmp_path / "model")
-    config = json.loads((copy / "config.json").read_text())
-    del config["vision_config"]
-    (copy / "config.json").write_text(json.dumps(config))
+    edit_json(copy / "config.json", vision_config=None)
     found = find_checkpoint(str(copy), None, copy)
     assert found.vision_size == 1152
     with pytest.raises(Refused, match=r"extensor is of size \[1, 1, 32\], its config.json asks for \[1, 1, 1152\]"):
@@ -95,8 +97,7 @@ def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
     one_by_one = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
     description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [one_by_one, description["pre_tokenizer"]]}
     path.write_text(json.dumps(description))
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    edit_json(copy / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     _, tokenizer, _ = load_model(find_checkpoint(str(copy), None, copy), "cpu", "float32", "sdpa", "merged")
     assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == description["pre_tokenizer"]
 
@@ -157,6 +158,7 @@ def test_merging_rounds_once(checkpoint):
     assert twice_differs, "otherwise this shows nothing"
 
 
+CPU = Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
 GPU = Device("cuda:0", "a GPU", bfloat16=True, no_flash="")
 OLD_GPU = Device("cuda:0", "an old GPU", bfloat16=False, no_flash="flash-attn needs compute capability 8.0")
 
@@ -164,7 +166,8 @@ OLD_GPU = Device("cuda:0", "an old GPU", bfloat16=False, no_flash="flash-attn ne
 @pytest.mark.parametrize(
     ("device", "asked", "dtype", "attention"),
     [
-        (find_device(0) if not torch.cuda.is_available() else GPU, "float32", "float32", "sdpa"),
+        (CPU, "auto", "float32", "sdpa"),
+        (CPU, "bfloat16", "bfloat16", "sdpa"),
         (GPU, "auto", "bfloat16", "flash_attention_2"),
         (GPU, "float32", "float32", "sdpa"),
         (OLD_GPU, "auto", "float16", "sdpa"),
@@ -181,6 +184,7 @@ def test_what_is_chosen_suits_the_device_and_says_why(device, asked, dtype, atte
 @pytest.mark.parametrize(
     ("device", "dtype", "reason"),
     [
+        (CPU, "bfloat16", "flash-attn needs a GPU; use sdpa"),
         (OLD_GPU, "float16", "needs compute capability 8.0; use sdpa"),
         (GPU, "float32", "computes in float16 or bfloat16 only; use sdpa"),
     ],
@@ -196,13 +200,18 @@ def test_a_format_that_the_device_lacks_is_refused():
 
 
 def test_a_flash_attn_built_for_another_torch_is_not_chosen(tmp_path, monkeypatch):
-    from vqa_embeddings.compute import _no_flash_package
-
     assert _no_flash_package() == "flash-attn is not installed"
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorC2E')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "cannot be imported (undefined symbol" in _no_flash_package()
-    sys.modules.pop("flash_attn", None)
+    for fault in ("ImportError('undefined symbol')", "OSError('libcudart.so.12: cannot open shared object file')"):
+        (tmp_path / "flash_attn.py").write_text(f"raise {fault}")
+        assert _no_flash_package().startswith("flash-attn is installed but cannot be imported (")
+        importlib.invalidate_caches()
+
+
+def test_a_flash_attn_that_the_library_does_not_take_is_not_chosen(monkeypatch):
+    """Asked for its kernels all the same, it would look for others to download."""
+    flash_stand_in.install(monkeypatch)
+    assert _no_flash_package() == "transformers does not take this flash-attn for version 2"
 
 
 def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
@@ -221,6 +230,10 @@ def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
 
 def asked_of(folder: Path) -> list[object]:
     return [*arguments_for(DATA / "vqa.csv", folder), "--output-dir", folder.parent / "out"]
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -254,6 +267,33 @@ def test_an_index_that_does_not_fit_its_files_is_refused(original, tmp_path, nam
     refused(*asked_of(copy), saying=saying)
 
 
+def test_weights_in_one_file_beside_an_index_are_refused(original, checkpoint, tmp_path):
+    """The library would load the one file, and what was checked is the other."""
+    copy = shutil.copytree(original, tmp_path / "model")
+    shutil.copy(checkpoint / checkpoints.WEIGHTS, copy)
+    refused(*asked_of(copy), saying="holds both model.safetensors and model.safetensors.index.json")
+
+
+def test_a_file_without_permission_is_refused(copy, monkeypatch):
+    """In this process, since tests may run as root, who may read everything."""
+    weights, really_open = weights_of(copy)[0], open
+
+    def forbidden(path: object, *arguments: object) -> object:
+        if path == weights:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, *arguments)
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(Refused, match=r"cannot be read \(.*Permission denied.*\); check its permissions and links"):
+        find_checkpoint(str(copy), None, copy)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").mkdir()
+    refused(*asked_of(copy), saying="holds no tokenizer.json")
+
+
 def edit_weights(folder: Path, change) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -281,7 +321,12 @@ def test_a_tensor_without_a_place_is_refused(copy):
 def test_quantised_weights_are_refused(copy):
     name = "model.norm.weight"
     edit_weights(copy, lambda t: {**t, name: t[name].to(torch.int8)} if name in t else t)
-    refused(*asked_of(copy), saying="weights of format I8; expected F16, BF16, F32")
+    refused(*asked_of(copy), saying="is quantised (weights of format I8); expected weights of F16, BF16, F32")
+
+
+def test_settings_for_quantising_are_refused(copy):
+    edit_json(copy / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    refused(*asked_of(copy), saying="is quantised (quantization_config in config.json)")
 
 
 @pytest.mark.parametrize(
@@ -309,12 +354,24 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(copy):
 
 def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
     copy = shutil.copytree(original, tmp_path / "model")
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "vision_lora": {"r": 8}}))
+    edit_json(copy / "config.json", vision_lora={"r": 8})
     refused(*asked_of(copy), saying="gives no vision_lora with r, lora_alpha and layer")
 
 
-@pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size"])
+def test_a_vision_lora_of_no_weight_is_refused(copy):
+    edit_json(copy / "config.json", vision_lora={"r": 8, "lora_alpha": 0, "layer": VISION_PATTERN})
+    if copy.name == "native":
+        edit_json(copy / "vision-lora" / "adapter_config.json", lora_alpha=0)
+    refused(*asked_of(copy), saying="all zero in model.layers.0.")
+
+
+def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(copy):
+    """The library would follow it to the base model that it names."""
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}')
+    refused(*asked_of(copy), saying="holds an adapter_config.json of its own")
+
+
+@pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size", "not finite"])
 def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, tmp_path, kind):
     change, saying = ADAPTERS[kind]
     copy = shutil.copytree(original, tmp_path / "model")
@@ -331,7 +388,6 @@ def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, 
 
 def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(checkpoint, original, tmp_path):
     """Its settings are written one level lower than in the native layout, and its names have peft's prefix."""
-    from original_layout import VISION_PATTERN
     from safetensors.torch import load_file, save_file
 
     copy = shutil.copytree(original, tmp_path / "model")

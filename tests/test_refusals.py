@@ -97,7 +97,11 @@ ADAPTERS = {
         lambda t: {**t, "model.layers.99.mlp.down_proj.lora_A.weight": next(iter(t.values())).clone()},
         "99",
     ),
-    "not finite": (lambda tensors: {key: tensor * float("nan") for key, tensor in tensors.items()}, "cannot be loaded"),
+    "not finite": (lambda tensors: {key: tensor * float("nan") for key, tensor in tensors.items()}, "not finite"),
+    "without its first matrices": (
+        lambda tensors: {key: tensor * 0 if "lora_A" in key else tensor for key, tensor in tensors.items()},
+        "all zero",
+    ),
 }
 
 
@@ -119,14 +123,20 @@ def test_a_vision_adapter_on_some_layers_only_is_refused(tmp_path, checkpoint):
     refused(*arguments_for(DATA / "vqa.csv", copy), saying="not on model.layers.1.self_attn.qkv_proj")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
-def test_a_damaged_file_of_the_checkpoint_is_refused(tmp_path, checkpoint, name):
+@pytest.mark.parametrize(
+    ("name", "saying"),
+    [
+        ("tokenizer.json", "download the checkpoint again"),
+        ("config.json", "expected 'phi4_multimodal' (the native layout)"),
+        ("model.safetensors.index.json", "maps no tensors to files"),
+    ],
+)
+def test_a_damaged_file_of_the_checkpoint_is_refused(tmp_path, checkpoint, name, saying):
     copy = shutil.copytree(checkpoint, tmp_path / "model")
     (copy / name).write_text('{"weight_map": ["model.safetensors"]}')
-    refused(
-        *arguments_for(DATA / "vqa.csv", copy),
-        saying="download the checkpoint again" if "config" not in name else "native",
-    )
+    if "index" in name:
+        (copy / "model.safetensors").unlink()
+    refused(*arguments_for(DATA / "vqa.csv", copy), saying=saying)
 
 
 def test_another_layout_is_refused(tmp_path, checkpoint):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.layouts import find_layout, from_top, lora_among, lora_settings
+from vqa_embeddings.layouts import find_layout, from_top, is_read, lora_among, lora_settings
 from vqa_embeddings.options import MODEL
 
 NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
@@ -61,13 +61,16 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path) -> Checkp
         )
     else:
         folder, revision = _download(model, revision, cache_dir)
-    config = _read_json(folder / "config.json")
-    layout = find_layout(str(folder), config)
-    tensors = _find_tensors(folder)
-    sizes = _sizes(folder, config)
-    dtype = _stored_dtype(folder, tensors)
-    adapter = _find_adapter(folder, config, tensors)
-    return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter)
+    try:
+        config = read_json(folder / "config.json")
+        layout = find_layout(str(folder), config)
+        tensors = _find_tensors(folder)
+        sizes = _sizes(folder, config)
+        dtype = _stored_dtype(folder, config, tensors)
+        adapter = _find_adapter(folder, config, tensors)
+        return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
 
 
 def kept_layers(count: int) -> list[int]:
@@ -92,12 +95,17 @@ def _download(model: str, revision: str | None, cache_dir: Path) -> tuple[Path, 
     return Path(path), Path(path).name  # a snapshot's folder is named after its commit
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        Refused: the file is not there, or is something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"{path.parent} holds no {path.name}; expected a checkpoint folder, check --model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} cannot be read ({one_line(error)}); download the checkpoint again") from None
     if not isinstance(value, dict):
         raise Refused(f"{path} holds no JSON object; download the checkpoint again")
@@ -109,8 +117,10 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
     if not (folder / INDEX).exists():
         path = _weights_file(folder, WEIGHTS)
         return {name: (path, dtype) for name, dtype in _safetensors_header(path).items()}
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (folder / WEIGHTS).exists():  # the library would load the one, and what is checked here is the other
+        raise Refused(f"{folder} holds both {WEIGHTS} and {INDEX}; expected one, remove what is not the model's")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise Refused(f"{folder / INDEX} maps no tensors to files; download the checkpoint again")
     tensors = {}
     for file in sorted(set(weight_map.values())):
@@ -125,7 +135,7 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _weights_file(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise Refused(f"{folder / INDEX} names {name!r}; expected file names beside it, download the checkpoint again")
     if not (folder / name).is_file():
         others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.gguf")))
@@ -149,27 +159,34 @@ def _safetensors_header(path: Path) -> dict[str, str]:
             header.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in header.values()]
             tensors = {name: str(entry["dtype"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            ends = []
-    if not ends or 8 + length + max(ends) != size:
+            whole = 8 + length + max(ends) == size
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            whole = False
+    if not whole:
         raise Refused(f"{path} is not a whole safetensors file ({size} bytes); download the checkpoint again")
     return tensors
 
 
-def _stored_dtype(folder: Path, tensors: dict[str, tuple[Path, str]]) -> str:
-    """The widest number format among the weights."""
-    found = {dtype for name, (_, dtype) in tensors.items() if name.endswith(".weight")}
+def _stored_dtype(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]]) -> str:
+    """The widest number format among the tensors."""
+    found = {dtype for name, (_, dtype) in tensors.items() if is_read(name) or ".lora_" in name}
     others = sorted(found - FLOATS.keys())
-    if others:
+    if others or config.get("quantization_config"):
+        how = f"weights of format {others[0]}" if others else "quantization_config in config.json"
         raise Refused(
-            f"{folder} holds weights of format {others[0]}; expected {', '.join(FLOATS)}: a quantised checkpoint has "
-            "other vectors, use the one that it was made from"
+            f"{folder} is quantised ({how}); expected weights of {', '.join(FLOATS)}: the vectors would be others, "
+            "use the checkpoint that it was made from"
         )
     return next(name for dtype, name in reversed(FLOATS.items()) if dtype in found or dtype == "F16")
 
 
 def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]]) -> Adapter:
     """The vision LoRA: the one among the weights, which the original code would use, or the one in its folder."""
+    if (folder / ADAPTER_CONFIG).exists():  # the library would load it by itself, with the base model that it names
+        raise Refused(
+            f"{folder} holds an {ADAPTER_CONFIG} of its own; expected a whole checkpoint with its vision LoRA in "
+            f"{ADAPTER_FOLDER}, check --model"
+        )
     among = lora_among(tensors)
     if among:
         settings = {"peft_type": "LORA", **lora_settings(str(folder), config)}
@@ -180,13 +197,16 @@ def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple
             f"Vision adapter not found: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} in {where}, or lora_A.vision "
             "tensors among the weights; without it the model answers, but wrongly; download the whole checkpoint"
         )
-    settings = _read_json(where / ADAPTER_CONFIG)
-    if settings.get("peft_type") != "LORA":
-        raise Refused(f"{where / ADAPTER_CONFIG} is of peft_type {settings.get('peft_type')!r}; expected LORA")
-    if isinstance(settings.get("target_modules"), str):
-        settings["target_modules"] = from_top(settings["target_modules"])
-    file = where / ADAPTER_WEIGHTS
-    return Adapter(where, settings, {_adapter_name(name): (file, name) for name in _safetensors_header(file)})
+    settings = read_json(where / ADAPTER_CONFIG)
+    if settings.get("peft_type") != "LORA" or settings.get("modules_to_save"):
+        kind = f"peft_type {settings.get('peft_type')!r}, modules_to_save {settings.get('modules_to_save')}"
+        raise Refused(f"{where / ADAPTER_CONFIG} is of {kind}; expected LORA, and no modules beside it")
+    targets = settings.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":  # which is peft's word, and no pattern
+        settings["target_modules"] = from_top(targets)
+    header = _safetensors_header(where / ADAPTER_WEIGHTS)
+    _stored_dtype(where, settings, {name: (where, dtype) for name, dtype in header.items()})
+    return Adapter(where, settings, {_adapter_name(name): (where / ADAPTER_WEIGHTS, name) for name in header})
 
 
 def _adapter_name(name: str) -> str:
@@ -200,7 +220,7 @@ def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
     try:
         layers = kept_layers(int(config.get("num_hidden_layers", 32)))
         return layers, int(config.get("hidden_size", 3072)), int(vision.get("hidden_size", 1152))
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise Refused(f"{folder / 'config.json'} gives no sizes of the model; download the checkpoint again") from None
 
 
@@ -215,7 +235,7 @@ def _fingerprint(folder: Path) -> str:
         f"{ADAPTER_FOLDER}/*.json",
         f"{ADAPTER_FOLDER}/*.safetensors",
     )
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with open(path, "rb") as stream:

@@ -46,14 +46,15 @@ def find_device(local_rank: int) -> Device:
 
 
 def _no_flash_package() -> str:
-    """Why flash-attn cannot be imported: a build for another torch is as common as none."""
+    """Why flash-attn cannot be used: a build for another torch or CUDA is as common as none."""
     try:
         from flash_attn import flash_attn_func  # noqa: F401
+        from transformers.utils import is_flash_attn_2_available
     except ModuleNotFoundError:
         return "flash-attn is not installed"
-    except ImportError as error:
+    except Exception as error:  # whatever a library of another build raises
         return f"flash-attn is installed but cannot be imported ({one_line(error)})"
-    return ""
+    return "" if is_flash_attn_2_available() else "transformers does not take this flash-attn for version 2"
 
 
 def choose_dtype(asked: str, device: Device) -> Choice:

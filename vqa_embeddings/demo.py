@@ -46,6 +46,7 @@ class Sizes:
 
     decoder: dict[str, int]
     vision: dict[str, int]
+    audio: dict[str, int]
     rank: int
 
 
@@ -58,17 +59,17 @@ SMALL = Sizes(
         "num_key_value_heads": 2,
     },
     vision={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
+    audio={
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 16,
+        "depthwise_separable_out_channel": 16,
+        "nemo_conv_channels": 16,
+    },
     rank=8,
 )
-AUDIO = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_blocks": 1,
-    "num_attention_heads": 2,
-    "ext_pw_out_channel": 16,
-    "depthwise_separable_out_channel": 16,
-    "nemo_conv_channels": 16,
-}
 
 
 def demo_options(options: ExtractOptions) -> ExtractOptions:
@@ -182,7 +183,7 @@ def _config(sizes: Sizes, tokens: dict[str, int], count: int) -> dict[str, objec
         "pad_token_id": tokens["<|endoftext|>"],
         "eos_token_id": [tokens["<|endoftext|>"], tokens["<|end|>"]],
         "vision_config": {**sizes.vision, "image_token_id": tokens["<|image|>"]},
-        "audio_config": {**AUDIO, "audio_token_id": tokens["<|audio|>"]},
+        "audio_config": {**sizes.audio, "audio_token_id": tokens["<|audio|>"]},
     }
 
 

@@ -26,6 +26,9 @@ TENSOR_NAMES = {
     r"\.image_embed\.glb_GN": ".image_embed.global_img_feature_extensor",
     r"\.image_embed\.sub_GN": ".image_embed.sub_img_feature_extensor",
 }
+# Parts of the names of tensors that nothing reads: no harm where one is missing, no sign of another model where one is
+# left over. Position numbers are stored by some savers and computed by the library.
+UNREAD = (".audio_embed.", ".lora_", ".img_processor.head.", ".img_processor.post_layernorm.", ".position_ids")
 # Settings of the original layout that the library's config knows by the same name.
 SHARED_SETTINGS = (
     "vocab_size",
@@ -39,6 +42,7 @@ SHARED_SETTINGS = (
     "original_max_position_embeddings",
     "rope_theta",
     "rope_scaling",
+    "rope_parameters",
     "partial_rotary_factor",
     "rms_norm_eps",
     "sliding_window",
@@ -78,6 +82,11 @@ def native_settings(original: dict[str, Any], image_token: int, audio_token: int
     }
 
 
+def is_read(name: str) -> bool:
+    """Whether the vectors depend on a tensor of the model proper, by its name in either layout."""
+    return not any(part in name for part in UNREAD)
+
+
 def lora_among(names: Iterable[str]) -> dict[str, str]:
     """The vision LoRA among a checkpoint's tensors: their names there, by the names that the library's model has."""
     lora = [name for name in names if ".lora_A.vision." in name or ".lora_B.vision." in name]
@@ -94,8 +103,8 @@ def lora_settings(where: str, config: dict[str, Any]) -> dict[str, Any]:
     try:
         if not isinstance(lora, dict) or not isinstance(lora["layer"], str):
             raise TypeError
-        return {"r": int(lora["r"]), "lora_alpha": int(lora["lora_alpha"]), "target_modules": from_top(lora["layer"])}
-    except (KeyError, TypeError, ValueError):
+        return {"r": int(lora["r"]), "lora_alpha": lora["lora_alpha"] + 0, "target_modules": from_top(lora["layer"])}
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise Refused(
             f"Vision adapter not found: {where} holds LoRA tensors, but its config.json gives no vision_lora with r, "
             "lora_alpha and layer; use the config.json of the same checkpoint"

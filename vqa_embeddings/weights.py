@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqa_embeddings.checkpoint import Adapter, Checkpoint
+from vqa_embeddings.checkpoint import Adapter, Checkpoint, read_json
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, native_settings
+from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, is_read, native_settings
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 # The library's loader reports false losses for adapters named "vision": its test is a substring of the key.
 ADAPTER_NAME = "lora_of_vision"
 PROMPT_TOKENS = ("<|user|>", "<|end|>", "<|assistant|>")
-# Of the tensors, those that nothing reads: missing ones do no harm, and superfluous ones are no sign of another model.
-UNREAD = (".audio_embed.", ".lora_", ".img_processor.head.", ".img_processor.post_layernorm.")
 
 
 def quiet_library() -> None:
@@ -65,7 +62,9 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
         )
         _check_tensors(checkpoint, loading)
         _add_adapter(model, checkpoint.adapter, getattr(torch, dtype) if lora == "merged" else None)
-    except (Refused, torch.OutOfMemoryError):
+    except Refused:
+        raise
+    except _not_the_files():
         raise
     except Exception as error:  # the libraries raise nearly every kind of error on files that do not fit together
         raise Refused(
@@ -74,8 +73,15 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
     return model.eval().requires_grad_(False), tokenizer, image_processor
 
 
+def _not_the_files() -> tuple[type[Exception], ...]:
+    """What goes wrong while loading without the checkpoint being at fault: the machine's memory, its GPU, a package."""
+    import torch
+
+    return torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, ImportError
+
+
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer as `tokenizer.json` describes it.
+    """The tokenizer that splits text as `tokenizer.json` says; added tokens have the flags of `tokenizer_config.json`.
 
     The class that a checkpoint names (GPT2Tokenizer) would split text its own way from transformers 5 on, silently.
     """
@@ -102,12 +108,19 @@ def _image_token(checkpoint: Checkpoint, tokenizer: Any) -> str:
 def _load_image_processor(checkpoint: Checkpoint) -> Any:
     from transformers import Phi4MultimodalImageProcessor
 
+    path = checkpoint.folder / "preprocessor_config.json"
     if checkpoint.layout == "native":
+        if not path.exists() and not (checkpoint.folder / "processor_config.json").exists():
+            raise Refused(
+                f"{checkpoint.folder} holds neither processor_config.json nor {path.name}; "
+                "download the whole checkpoint"
+            )
         return Phi4MultimodalImageProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
     # The original file names a class of downloaded code; of its settings the library's class knows this one.
-    path = checkpoint.folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return Phi4MultimodalImageProcessor(**{name: settings[name] for name in ("dynamic_hd",) if name in settings})
+    crops = read_json(path).get("dynamic_hd", 36) if path.exists() else 36
+    if not isinstance(crops, int) or crops < 1:
+        raise Refused(f"{path} has dynamic_hd {crops!r}; expected a number of crops, download the checkpoint again")
+    return Phi4MultimodalImageProcessor(dynamic_hd=crops)
 
 
 def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
@@ -148,8 +161,8 @@ def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
             f"{checkpoint.folder}: {name} is of size {list(found)}, its config.json asks for {list(expected)}; "
             "expected the weights and the config of one checkpoint, download them again"
         )
-    lacking = sorted(name for name in loading["missing_keys"] if not _unread(name))
-    strange = sorted(name for name in loading["unexpected_keys"] if not _unread(name))
+    lacking = sorted(name for name in loading["missing_keys"] if is_read(name))
+    strange = sorted(name for name in loading["unexpected_keys"] if is_read(name))
     if lacking:
         raise Refused(
             f"{checkpoint.folder} lacks {len(lacking)} tensors of the model, the first {lacking[0]}; "
@@ -160,10 +173,6 @@ def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
             f"{checkpoint.folder} holds {len(strange)} tensors that the model has no place for, the first "
             f"{strange[0]}; expected a checkpoint of Phi-4-multimodal, check --model"
         )
-
-
-def _unread(name: str) -> bool:
-    return any(part in name for part in UNREAD)
 
 
 def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None) -> None:
@@ -179,6 +188,8 @@ def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None)
             layer.lora_A[ADAPTER_NAME].float()
             layer.lora_B[ADAPTER_NAME].float()
         loaded = set_peft_model_state_dict(model, _adapter_tensors(adapter), ADAPTER_NAME)
+    except _not_the_files():
+        raise
     except (ValueError, RuntimeError) as error:
         raise Refused(
             f"{adapter.where} holds a vision LoRA that does not fit the model: {one_line(error)}; "
@@ -197,13 +208,15 @@ def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None)
 def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missing_keys: Iterable[str]) -> None:
     """Every projection that the adapter targets is covered in every decoder layer, by weights that do something."""
     missing = [key for key in missing_keys if ".lora_" in key]
-    silent = [name for name, layer in layers.items() if not layer.lora_B[ADAPTER_NAME].weight.any()]
+    silent = [name for name, layer in layers.items() if not missing and not _acts(layer)]
+    broken = [name for name, layer in layers.items() if not all(m.isfinite().all() for m in _matrices(layer))]
     targets = {name.split(".", 3)[3] for name in layers if name.startswith("model.layers.")}
     wanted = [f"model.layers.{index}.{target}" for index in range(count) for target in sorted(targets)]
     absent = [name for name in wanted if name not in layers]
-    if missing or silent or absent or not wanted:
+    if missing or broken or silent or absent or not wanted:
         what = (
             f"without {missing[0]}" if missing
+            else f"not finite in {broken[0]}" if broken
             else f"all zero in {silent[0]}" if silent
             else f"not on {absent[0]}" if absent
             else "on no decoder layer"
@@ -212,6 +225,14 @@ def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missi
             f"Vision adapter not found: the one of {where} is {what}; expected trained weights for each projection "
             "that it targets, in every layer; use the adapter of the same checkpoint"
         )
+
+
+def _matrices(layer: Any) -> tuple[Any, Any]:
+    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+
+
+def _acts(layer: Any) -> bool:
+    return bool(layer.scaling[ADAPTER_NAME]) and all(matrix.any() for matrix in _matrices(layer))
 
 
 def _adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
