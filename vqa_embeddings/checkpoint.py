@@ -66,7 +66,9 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path) -> Checkp
         layout = find_layout(str(folder), config)
         tensors = _find_tensors(folder)
         sizes = _sizes(folder, config)
-        dtype = _stored_dtype(folder, config, tensors)
+        if config.get("quantization_config"):
+            raise _quantised(folder, "quantization_config in config.json")
+        dtype = _stored_dtype(folder, {name: stored for name, (_, stored) in tensors.items()})
         adapter = _find_adapter(folder, config, tensors)
         return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter)
     except OSError as error:
@@ -167,17 +169,20 @@ def _safetensors_header(path: Path) -> dict[str, str]:
     return tensors
 
 
-def _stored_dtype(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]]) -> str:
-    """The widest number format among the tensors."""
-    found = {dtype for name, (_, dtype) in tensors.items() if is_read(name) or ".lora_" in name}
+def _stored_dtype(where: Path, tensors: dict[str, str]) -> str:
+    """The widest number format among tensors, of those that are read."""
+    found = {stored for name, stored in tensors.items() if is_read(name) or ".lora_" in name}
     others = sorted(found - FLOATS.keys())
-    if others or config.get("quantization_config"):
-        how = f"weights of format {others[0]}" if others else "quantization_config in config.json"
-        raise Refused(
-            f"{folder} is quantised ({how}); expected weights of {', '.join(FLOATS)}: the vectors would be others, "
-            "use the checkpoint that it was made from"
-        )
-    return next(name for dtype, name in reversed(FLOATS.items()) if dtype in found or dtype == "F16")
+    if others:
+        raise _quantised(where, f"weights of format {others[0]}")
+    return next(name for stored, name in reversed(FLOATS.items()) if stored in found or stored == "F16")
+
+
+def _quantised(where: Path, how: str) -> Refused:
+    return Refused(
+        f"{where} is quantised ({how}); expected weights of {', '.join(FLOATS)}: the vectors would be others, "
+        "use the checkpoint that it was made from"
+    )
 
 
 def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]]) -> Adapter:
@@ -205,7 +210,7 @@ def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple
     if isinstance(targets, str) and targets != "all-linear":  # which is peft's word, and no pattern
         settings["target_modules"] = from_top(targets)
     header = _safetensors_header(where / ADAPTER_WEIGHTS)
-    _stored_dtype(where, settings, {name: (where, dtype) for name, dtype in header.items()})
+    _stored_dtype(where, header)
     return Adapter(where, settings, {_adapter_name(name): (where / ADAPTER_WEIGHTS, name) for name in header})
 
 

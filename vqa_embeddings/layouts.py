@@ -103,7 +103,7 @@ def lora_settings(where: str, config: dict[str, Any]) -> dict[str, Any]:
     try:
         if not isinstance(lora, dict) or not isinstance(lora["layer"], str):
             raise TypeError
-        return {"r": int(lora["r"]), "lora_alpha": lora["lora_alpha"] + 0, "target_modules": from_top(lora["layer"])}
+        return {"r": int(lora["r"]), "lora_alpha": float(lora["lora_alpha"]), "target_modules": from_top(lora["layer"])}
     except (KeyError, TypeError, ValueError, OverflowError):
         raise Refused(
             f"Vision adapter not found: {where} holds LoRA tensors, but its config.json gives no vision_lora with r, "
