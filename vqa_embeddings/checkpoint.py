@@ -206,9 +206,7 @@ def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple
     if settings.get("peft_type") != "LORA" or settings.get("modules_to_save"):
         kind = f"peft_type {settings.get('peft_type')!r}, modules_to_save {settings.get('modules_to_save')}"
         raise Refused(f"{where / ADAPTER_CONFIG} is of {kind}; expected LORA, and no modules beside it")
-    targets = settings.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear":  # which is peft's word, and no pattern
-        settings["target_modules"] = from_top(targets)
+    settings["target_modules"] = from_top(settings.get("target_modules"))
     header = _safetensors_header(where / ADAPTER_WEIGHTS)
     _stored_dtype(where, header)
     return Adapter(where, settings, {_adapter_name(name): (where / ADAPTER_WEIGHTS, name) for name in header})

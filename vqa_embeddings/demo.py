@@ -97,9 +97,9 @@ def make_checkpoint(
     folder.mkdir(parents=True)
     tokens, unreadable, count = _save_processor(folder)
     config = Phi4MultimodalConfig(**_config(sizes, tokens, count))
-    with torch.device(device):
-        model = Phi4MultimodalForCausalLM(config)
     stored = getattr(torch, dtype)
+    with torch.device(device):
+        model = Phi4MultimodalForCausalLM._from_config(config, dtype=stored)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         parameter.data = _random(name, parameter.shape, generator).to(stored)
@@ -155,7 +155,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     """Normal values that keep the size of what flows through: 1/sqrt(inputs) for matrices, near 1 for norms."""
     import torch
 
-    values = torch.randn(shape, generator=generator, device=generator.device)
+    values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
     if name.endswith("bias"):
         return 0.1 * values
     return 1 + 0.1 * values if len(shape) == 1 else values / values[0].numel() ** 0.5

@@ -101,7 +101,7 @@ def lora_settings(where: str, config: dict[str, Any]) -> dict[str, Any]:
     """
     lora = config.get("vision_lora")
     try:
-        if not isinstance(lora, dict) or not isinstance(lora["layer"], str):
+        if not isinstance(lora, dict):
             raise TypeError
         return {"r": int(lora["r"]), "lora_alpha": float(lora["lora_alpha"]), "target_modules": from_top(lora["layer"])}
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -111,6 +111,9 @@ def lora_settings(where: str, config: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def from_top(pattern: str) -> str:
-    """An adapter's pattern of module names, from the model's top: the original layout's begin one level below."""
-    return rf"(model\.)?({pattern})"
+def from_top(targets: Any) -> Any:
+    """An adapter's targets as from the model's top: patterns of the original layout begin one level below.
+
+    A list of names, and peft's word "all-linear", mean the same at any level.
+    """
+    return rf"(model\.)?({targets})" if isinstance(targets, str) and targets != "all-linear" else targets

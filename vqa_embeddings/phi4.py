@@ -94,7 +94,7 @@ class Phi4:
         self._image_embed = model.model.embed_tokens_extend.image_embed
         self._vision = _PatchFeatures(self._image_embed.img_processor, model.config.vision_config.feature_layer)
         self._image_embed.img_processor = self._vision
-        self._rotary = _RowRotary(model.model.rotary_emb)
+        self._rotary = _RowRotary(model.model.rotary_emb).to(self.device)
         model.model.rotary_emb = self._rotary
         self.layers = kept_layers(model.config.num_hidden_layers)
         self._taps = _Taps(model.model, self.layers)
