@@ -362,7 +362,7 @@ def test_a_vision_lora_of_no_weight_is_refused(copy):
     edit_json(copy / "config.json", vision_lora={"r": 8, "lora_alpha": 0, "layer": VISION_PATTERN})
     if copy.name == "native":
         edit_json(copy / "vision-lora" / "adapter_config.json", lora_alpha=0)
-    refused(*asked_of(copy), saying="all zero in model.layers.0.")
+    refused(*asked_of(copy), saying="of no effect in model.layers.0.")
 
 
 def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(copy):

@@ -90,7 +90,7 @@ def silence(tensors: dict) -> dict:
 
 
 ADAPTERS = {
-    "one layer silent": (silence, "all zero"),
+    "one layer silent": (silence, "of no effect in"),
     "one tensor missing": (lambda tensors: dict(list(tensors.items())[1:]), "without"),
     "another size": (lambda tensors: {key: tensor[:-1] for key, tensor in tensors.items()}, "use the adapter of"),
     "a layer too many": (
@@ -100,7 +100,7 @@ ADAPTERS = {
     "not finite": (lambda tensors: {key: tensor * float("nan") for key, tensor in tensors.items()}, "not finite"),
     "without its first matrices": (
         lambda tensors: {key: tensor * 0 if "lora_A" in key else tensor for key, tensor in tensors.items()},
-        "all zero",
+        "of no effect in",
     ),
 }
 

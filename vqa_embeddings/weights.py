@@ -156,7 +156,8 @@ def _model_without_audio() -> Any:
 
 def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
     """Every tensor that is read is there, of the right size, and every one that is there has its place."""
-    for name, found, expected in sorted(loading["mismatched_keys"]):
+    if loading["mismatched_keys"]:
+        name, found, expected = min(loading["mismatched_keys"])
         raise Refused(
             f"{checkpoint.folder}: {name} is of size {list(found)}, its config.json asks for {list(expected)}; "
             "expected the weights and the config of one checkpoint, download them again"
@@ -217,7 +218,7 @@ def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missi
         what = (
             f"without {missing[0]}" if missing
             else f"not finite in {broken[0]}" if broken
-            else f"all zero in {silent[0]}" if silent
+            else f"of no effect in {silent[0]}" if silent
             else f"not on {absent[0]}" if absent
             else "on no decoder layer"
         )  # fmt: skip
