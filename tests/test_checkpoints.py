@@ -294,6 +294,13 @@ def test_a_folder_in_the_place_of_a_file_is_refused(copy):
     refused(*asked_of(copy), saying="holds no tokenizer.json")
 
 
+def test_an_index_without_metadata_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    (copy / checkpoints.INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    refused(*asked_of(copy), saying='add "metadata": {} to it')
+
+
 def edit_weights(folder: Path, change) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -121,9 +121,12 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
         return {name: (path, dtype) for name, dtype in _safetensors_header(path).items()}
     if (folder / WEIGHTS).exists():  # the library would load the one, and what is checked here is the other
         raise Refused(f"{folder} holds both {WEIGHTS} and {INDEX}; expected one, remove what is not the model's")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise Refused(f"{folder / INDEX} maps no tensors to files; download the checkpoint again")
+    if "metadata" not in index:
+        raise Refused(f'{folder / INDEX} has no "metadata", which the library asks for; add "metadata": {{}} to it')
     tensors = {}
     for file in sorted(set(weight_map.values())):
         path = _weights_file(folder, file)
