@@ -17,7 +17,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FOLDER = "vision-lora"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # safetensors' names and torch's, by width
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of each large file that a fingerprint reads
 
 
@@ -117,8 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
     """File and number format of every tensor of the model, whose files are all there and whole."""
     if not (folder / INDEX).exists():
-        path = _weights_file(folder, WEIGHTS)
-        return {name: (path, dtype) for name, dtype in _safetensors_header(path).items()}
+        return _tensors_of(_weights_file(folder, WEIGHTS))
     if (folder / WEIGHTS).exists():  # the library would load the one, and what is checked here is the other
         raise Refused(f"{folder} holds both {WEIGHTS} and {INDEX}; expected one, remove what is not the model's")
     index = read_json(folder / INDEX)
@@ -129,14 +128,17 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
         raise Refused(f'{folder / INDEX} has no "metadata", which the library asks for; add "metadata": {{}} to it')
     tensors = {}
     for file in sorted(set(weight_map.values())):
-        path = _weights_file(folder, file)
-        tensors.update({name: (path, dtype) for name, dtype in _safetensors_header(path).items()})
+        tensors.update(_tensors_of(_weights_file(folder, file)))
     absent = next((name for name, file in weight_map.items() if tensors.get(name, (None,))[0] != folder / file), None)
     if absent is not None:
         raise Refused(
             f"{folder / weight_map[absent]} lacks {absent}, which {INDEX} says it holds; download the checkpoint again"
         )
     return tensors
+
+
+def _tensors_of(path: Path) -> dict[str, tuple[Path, str]]:
+    return {name: (path, dtype) for name, dtype in _safetensors_header(path).items()}
 
 
 def _weights_file(folder: Path, name: str) -> Path:
@@ -178,7 +180,7 @@ def _stored_dtype(where: Path, tensors: dict[str, str]) -> str:
     others = sorted(found - FLOATS.keys())
     if others:
         raise _quantised(where, f"weights of format {others[0]}")
-    return next(name for stored, name in reversed(FLOATS.items()) if stored in found or stored == "F16")
+    return FLOATS[max(found, key=list(FLOATS).index, default="F32")]
 
 
 def _quantised(where: Path, how: str) -> Refused:
