@@ -65,21 +65,29 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     stop = StopFlag().install()
     from vqa_embeddings.extract import extract
     from vqa_embeddings.phi4 import Phi4
+    from vqa_embeddings.stages import Stages
     from vqa_embeddings.weights import load_model
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
     engine = Phi4(*loaded, options.max_new_tokens)
     claim_run(options.output_dir, run, write_rows)
     assert options.images_dir is not None
-    batches = extract(engine, table, launch.rows, options.images_dir, options.batch_size, options.num_workers)
+    stages = Stages()
+    settings = options.batch_size, options.num_workers
+    records = extract(engine, table, launch.rows, options.images_dir, *settings, stop.requested, stages)
     shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
     with shard, Progress(world, len(launch.rows)) as bar:
-        while not stop and (records := next(batches, None)) is not None:
-            shard.add(records)
-            bar.update(records)
+        for finished in records:
+            with stages("waiting for the disk"):
+                shard.add(finished)
+            bar.update(finished)
     left = len(launch.rows) - shard.committed
-    say_for_rank(world, f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left")
-    if stop:
+    say_for_rank(
+        world,
+        f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left; "
+        f"{stages.outside():.1%} of the time outside the model",
+    )
+    if stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
 
 

@@ -13,14 +13,15 @@ from PIL import Image
 from reference import relative_error
 from tokenizers import AddedToken, Tokenizer
 
+from vqa_embeddings.batch import Batch
+from vqa_embeddings.cache import CacheSize
 from vqa_embeddings.checkpoint import find_checkpoint
 from vqa_embeddings.demo import DATA
-from vqa_embeddings.errors import PromptTooLong
-from vqa_embeddings.extract import _ask, _record
+from vqa_embeddings.extract import Flight, checked
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4, _without_added_tokens
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.table import Table
+from vqa_embeddings.stages import Stages
 from vqa_embeddings.weights import load_model
 
 TOLERANCE = 1e-4
@@ -38,17 +39,26 @@ def model(checkpoint) -> Phi4:
     return load(checkpoint)
 
 
-def ask(model: Phi4, picture: Image.Image, questions: list[str]) -> list[Extracted]:
-    """All questions on a picture, in one batch where they may share one; records in the order of the questions."""
-    texts = [""] * len(questions)
-    table = Table(texts, texts, questions, texts)
-    shown = model.picture(model.pixels(picture))
-    batches = _ask(model, shown, table, list(range(len(questions))), batch_size=len(questions))
-    return sorted((record for batch in batches for record in batch), key=lambda record: record.row)
+def ask(
+    model: Phi4, asked: list[tuple[Image.Image, list[str]]], batch_size: int | None = None
+) -> list[Extracted | Failed]:
+    """All questions on pictures, in batches of so many rows; records in the order of the questions."""
+    questions: list[str] = []
+    pictures = []
+    for picture, texts in asked:
+        rows = list(range(len(questions), len(questions) + len(texts)))
+        questions += texts
+        pictures.append((rows, model.pixels(picture)))
+    flight, records = Flight(model, questions, iter(pictures), batch_size, Stages()), []
+    while not flight.over:
+        records += flight.advance()
+    assert sorted(record.row for record in records) == list(range(len(questions)))
+    return sorted(records, key=lambda record: record.row)
 
 
 def assert_equals(model: Phi4, found, wanted) -> None:
     assert found.answer == wanted.answer
+    assert relative_error(found.vision_only, wanted.vision_only) < TOLERANCE
     for index, layer in enumerate(model.layers):
         assert relative_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
         assert relative_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
@@ -59,9 +69,9 @@ def test_a_row_does_not_see_its_company(model):
     picture = open_picture(DATA / "cat.jpg")
     questions = [row["question"] for row in table_rows() if row["image_id"] == "cat.jpg"]
     questions += ["Why?", "Tell me " + "very " * 60 + "much about it."]
-    together = ask(model, picture, questions)
+    together = ask(model, [(picture, questions)])
     for question, found in zip(questions, together, strict=True):
-        alone = ask(model, picture, [question])[0]
+        [alone] = ask(model, [(picture, [question])])
         assert found.answer == alone.answer
         for index in range(len(model.layers)):
             assert relative_error(found.query_token[index], alone.query_token[index]) < TOLERANCE
@@ -75,9 +85,8 @@ def test_attention_and_adapter_kept_or_merged_give_the_same_values(checkpoint, e
     engine = load(checkpoint, lora, attention)
     for image_id in ("coffee.jpg", "astronaut.jpg"):
         rows = [row for row in table_rows() if row["image_id"] == image_id][:3]
-        for row, found in zip(
-            rows, ask(engine, open_picture(DATA / image_id), [r["question"] for r in rows]), strict=True
-        ):
+        found_rows = ask(engine, [(open_picture(DATA / image_id), [row["question"] for row in rows])])
+        for row, found in zip(rows, found_rows, strict=True):
             assert_equals(engine, found, expected[row["question_id"]])
 
 
@@ -86,7 +95,8 @@ def test_a_picture_that_fills_its_crops_is_seen_in_both_directions(model, refere
     pixels = model.pixels(picture)
     assert pixels.mask.all(), "this picture was to have no masked patch"
     wanted = reference.row(picture, "Why?", 1)
-    assert relative_error(model.picture(pixels).vision_only, wanted.vision_only) < TOLERANCE
+    [seen] = model.pictures([pixels])
+    assert relative_error(seen.vision_only.numpy(), wanted.vision_only) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +113,7 @@ def near_the_edge(model) -> Image.Image:
 def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(checkpoint, reference, near_the_edge):
     tokens = 4
     model = load(checkpoint, tokens=tokens)
-    prefix = model.picture(model.pixels(near_the_edge)).embeddings.shape[1]
+    prefix = 1 + model.pixels(near_the_edge).tokens
     asked = "Is there a dog in the image? " * 40
 
     def question(length: int) -> str:
@@ -111,9 +121,9 @@ def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(c
         return next(text for end in range(len(asked)) if prefix + len(model.question(text := asked[:end])) == length)
 
     questions = [question(length) for length in (4096 - 20, 4096 - 2, 4096, 4096 + 1)]
-    in_company = ask(model, near_the_edge, questions)
+    in_company = ask(model, [(near_the_edge, questions)])
     for text, found in zip(questions, in_company, strict=True):
-        [alone] = ask(model, near_the_edge, [text])
+        [alone] = ask(model, [(near_the_edge, [text])])
         wanted = reference.row(near_the_edge, text, tokens)
         assert wanted.tokens == prefix + len(model.question(text))
         assert_equals(model, found, wanted)
@@ -123,7 +133,7 @@ def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(c
 def test_a_picture_of_more_than_4096_tokens(checkpoint, reference):
     tokens = 2
     model, picture = load(checkpoint, tokens=tokens), open_picture(DATA / "coffee.jpg").resize((2048, 1536))
-    [found] = ask(model, picture, ["Is there a cup in the image?"])
+    [found] = ask(model, [(picture, ["Is there a cup in the image?"])])
     wanted = reference.row(picture, "Is there a cup in the image?", tokens)
     assert wanted.tokens > 5000
     assert_equals(model, found, wanted)
@@ -131,17 +141,21 @@ def test_a_picture_of_more_than_4096_tokens(checkpoint, reference):
 
 def test_the_regime_of_the_rotary_factors_shows_in_the_states(model, near_the_edge):
     """Otherwise the test above would pass with any."""
-    shown = model.picture(model.pixels(near_the_edge))
-    short, long = (model.prefix(shown, regime).vision_token for regime in (False, True))
-    assert relative_error(long[-1], short[-1]) > 0.01
+    [shown] = model.pictures([model.pixels(near_the_edge)])
+    batch = Batch(model.decoder, CacheSize(pages=80, seats=1, width=64))
+    with torch.inference_mode():
+        short, long = (batch.read_picture(shown.embeddings, regime)[1] for regime in (False, True))
+    assert relative_error(long[-1].numpy(), short[-1].numpy()) > 0.01
 
 
 def test_a_prompt_beyond_the_context_is_a_failed_row(model, monkeypatch):
-    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
-    monkeypatch.setattr(model, "_context", shown.embeddings.shape[1] + 10)
-    assert not model.is_long(shown, [0] * 10)
-    with pytest.raises(PromptTooLong, match="context"):
-        model.is_long(shown, [0] * 11)
+    picture = open_picture(DATA / "cat.jpg")
+    fitting, beyond = "Why?", "Why, oh why is that so?"
+    prefix = 1 + model.pixels(picture).tokens
+    monkeypatch.setattr(model, "_context", prefix + len(model.question(fitting)) + 1)
+    found = ask(model, [(picture, [fitting, beyond, fitting])])
+    assert [isinstance(record, Extracted) for record in found] == [True, False, True]
+    assert (found[1].error, "context" in found[1].message) == ("PromptTooLong", True)
 
 
 @pytest.mark.parametrize("text", ["<|end|>", "<|image|>", "<|user|> hi", "a <|endoftext|> b", "<|image_1|>"])
@@ -168,42 +182,41 @@ def test_an_ordinary_question_has_the_tokens_of_the_whole_prompt(model, text):
 
 
 def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
-    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
-    prefix, questions = model.prefix(shown, False), [model.question("Why?")]
-    state = torch.from_numpy(model.answer(shown, prefix, questions)[0].query_token[-1])
-    weight, image_token = model._lm_head.weight.data, model._image_token
+    picture = open_picture(DATA / "cat.jpg")
+    [found] = ask(model, [(picture, ["Why?"])])
+    written: list[list[int]] = []
+    monkeypatch.setattr(model, "text", lambda tokens: str(written.append(list(tokens))))
+    weight, image_token = model.decoder._head.weight.data, model._image_token
     before = weight[image_token].clone()
     try:
-        weight[image_token] = 10 * state  # the image token would win the first step by far
-        _, [banned] = model._generate(prefix, questions, [TOKENS])
-        monkeypatch.setattr(model, "_never", [])
-        _, [free] = model._generate(prefix, questions, [1])
+        weight[image_token] = 10 * torch.from_numpy(found.query_token[-1])  # it would win the first step by far
+        ask(model, [(picture, ["Why?"])])
+        monkeypatch.setattr(model.decoder, "never", [])
+        ask(model, [(picture, ["Why?"])])
     finally:
         weight[image_token] = before
-    assert free == [image_token]
-    assert not set(banned) & {image_token, model._tokenizer.audio_token_id}
+    assert image_token in written[1]
+    assert not set(written[0]) & {image_token, model._tokenizer.audio_token_id}
 
 
 def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
-    shown = model.picture(model.pixels(open_picture(DATA / "cat.jpg")))
-    answer = model.answer(shown, model.prefix(shown, False), [model.question("Why?")])[0]
-    assert isinstance(_record(3, shown, answer, model.layers), Extracted)
-    answer.query_token[2, 5] = np.inf
-    record = _record(3, shown, answer, model.layers)
+    [found] = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?"])])
+    found.query_token[2, 5] = np.inf
+    record = checked(found, model.layers)
     assert isinstance(record, Failed)
-    assert (record.row, record.error) == (3, "NonFiniteValues")
+    assert (record.row, record.error) == (found.row, "NonFiniteValues")
     assert "query_token_representation/layer_4" in record.message
 
 
-def test_flash_attention_is_told_what_it_must_not_see(model, checkpoint, expected, monkeypatch):
+def test_flash_attention_is_told_what_it_must_not_see(checkpoint, expected, monkeypatch):
     """Through its interface in plain torch; the kernels themselves run in tests/gpu/check.sh."""
     flash_stand_in.install(monkeypatch)
     engine = load(checkpoint)
-    for config in (engine._decoder.config, engine._vision.tower.config):
-        monkeypatch.setattr(config, "_attn_implementation", "flash_attention_2")
+    for layer in (engine.decoder._layers[0], engine.vision._layers[0]):
+        monkeypatch.setattr(layer.self_attn.config, "_attn_implementation", "flash_attention_2")
     for image_id in ("coffee.jpg", "astronaut.jpg"):
         rows = [row for row in table_rows() if row["image_id"] == image_id][:3]
-        found = ask(engine, open_picture(DATA / image_id), [row["question"] for row in rows])
+        found = ask(engine, [(open_picture(DATA / image_id), [row["question"] for row in rows])])
         for row, answer in zip(rows, found, strict=True):
             assert_equals(engine, answer, expected[row["question_id"]])
     assert {True, False} == set(flash_stand_in.calls)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqa_embeddings import __version__
 from vqa_embeddings.errors import Refused, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,19 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     if asked != "auto":
         return Choice(asked, "asked for")
     return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
+
+
+def free_memory(device: torch.device) -> int:
+    """Memory that is free for this process on its device, bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def versions() -> dict[str, str]:

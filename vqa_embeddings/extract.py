@@ -1,42 +1,333 @@
-"""From rows to records: picture after picture, its questions in batches on one prefix."""
+"""From rows to records: pictures once each, their questions in full batches whatever their picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from vqa_embeddings.batch import Batch, Seated, size_cache
+from vqa_embeddings.cache import Prefix
 from vqa_embeddings.errors import NonFiniteValues, RowFailed
 from vqa_embeddings.images import locate, open_picture, read_ahead
-from vqa_embeddings.phi4 import Answer, Phi4, Picture, Pixels
+from vqa_embeddings.phi4 import Phi4, Picture
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.stages import Stages
 from vqa_embeddings.table import Table
+from vqa_embeddings.vision import PATCHES_AT_ONCE, Pixels
 
 Record = Extracted | Failed
 
+GRACE_SECONDS = 10.0  # for the rows under way, after a request to stop; schedulers mostly kill after 30 or 60
+USUAL_QUESTION = 256  # tokens of a row's own that its seat has room for beside the answer; longer ones are rare
+
 
 def extract(
-    model: Phi4, table: Table, rows: Sequence[int], images_dir: Path, batch_size: int, workers: int
+    model: Phi4,
+    table: Table,
+    rows: Sequence[int],
+    images_dir: Path,
+    batch_size: int | None,
+    workers: int,
+    stopping: Callable[[], bool] = lambda: False,
+    stages: Stages | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of `rows`, a batch at a time. What a row comes to does not depend on its batch.
+    """The records of `rows`, some at a time. What a row comes to does not depend on its company.
 
     Args:
         rows: positions in the table, the questions on one picture one after another.
+        batch_size: how many rows are answered together; None leaves it to the free memory.
         workers: how many threads read pictures ahead of the model.
+        stopping: once it is true, no row is begun any more, and those under way have some seconds to end.
+        stages: takes the time of what is done.
     Yields:
-        The records of one batch: the safe points of the run lie between them.
+        The records that one unit of work has finished, often none.
     """
     groups = _by_picture(table, rows)
 
     def prepare(name: str) -> Pixels:
         return model.pixels(open_picture(locate(images_dir, name)))
 
-    for name, pixels in read_ahead(list(groups), prepare, workers):
-        if isinstance(pixels, RowFailed):
-            yield [_failed(row, pixels) for row in groups[name]]
-        else:
-            yield from _ask(model, model.picture(pixels), table, groups[name], batch_size)
+    pictures = ((groups[name], found) for name, found in read_ahead(list(groups), prepare, workers))
+    flight = Flight(model, table.questions, pictures, batch_size, stages or Stages())
+    deadline: float | None = None
+    while not flight.over:
+        if stopping():
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
+            if not flight.under_way or time.monotonic() > deadline:
+                return
+        yield flight.advance(begin=deadline is None)
+
+
+@dataclass(eq=False)
+class _Shown:
+    """A picture whose rows are not all done; dictionaries by whether under the long rotary factors."""
+
+    picture: Picture
+    left: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})  # rows that are not done
+    cached: dict[bool, tuple[Prefix, Tensor]] = field(default_factory=dict)  # with the states at its last token
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row under way."""
+
+    row: int
+    shown: _Shown
+    question: list[int]
+    long: bool
+    written: list[int] = field(default_factory=list)
+    seat: Seated | None = None
+    vision_token: np.ndarray | None = None  # float32 [layers, hidden]
+    query_token: np.ndarray | None = None  # float32 [layers, hidden]
+
+
+class Flight:
+    """The rows under way, from the picture to the record, in units of work between which a run can stop.
+
+    Args:
+        questions: of the table, by row.
+        pictures: for each picture its rows, and its pixels or why there are none.
+        batch_size: rows in the batch; None leaves it to the free memory.
+    """
+
+    def __init__(
+        self,
+        model: Phi4,
+        questions: Sequence[str],
+        pictures: Iterator[tuple[list[int], Pixels | RowFailed]],
+        batch_size: int | None,
+        stages: Stages,
+    ) -> None:
+        self._model = model
+        self._questions = questions
+        self._pictures: Iterator[tuple[list[int], Pixels | RowFailed]] | None = pictures
+        self._seats = batch_size
+        self._stages = stages
+        self._waiting: deque[_Row] = deque()  # their pictures seen, in the order in which they sit down
+        self._ready: list[_Row] = []  # the first of them, their pictures in the cache too
+        self._seated: list[_Row] = []
+        self._filling = True
+        self._batch = self._new_batch()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether rows are seated."""
+        return bool(self._seated)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not (self._seated or self._ready or self._waiting or self._pictures)
+
+    @torch.inference_mode()
+    def advance(self, begin: bool = True) -> list[Record]:
+        """Do one unit of work: see pictures, read one into the cache, seat rows, or take one step with all of them.
+
+        Args:
+            begin: whether further rows may be begun.
+        Returns:
+            The records of the rows that it finished.
+        """
+        try:
+            return self._refill() if begin and self._wants_rows() else self._step()
+        except torch.OutOfMemoryError:
+            if self._batch.size.seats == 1:
+                raise
+        self._halve()  # here, where the error no longer holds on to the memory
+        return []
+
+    def _wants_rows(self) -> bool:
+        """Rows sit down many at a time: a GPU takes as long for a few questions as for many."""
+        if not (self._ready or self._waiting or self._pictures):
+            return False
+        free, seats = self._batch.free, self._batch.size.seats
+        self._filling = not self._seated or (free > 0 if self._filling else free >= max(1, seats // 4))
+        return self._filling
+
+    def _refill(self) -> list[Record]:
+        """The next unit of work on the way to a full batch."""
+        free = self._batch.free - len(self._ready)
+        if free and not self._waiting and self._pictures:
+            return self._see(free)
+        if free and self._waiting and self._make_ready(self._waiting[0]):
+            self._ready.append(self._waiting.popleft())
+            return []
+        if self._ready:
+            return self._sit_down()
+        if self._seated:  # the next row has to wait until others have left
+            self._filling = False
+            return self._step()
+        self._lay_out_anew()
+        return []
+
+    def _see(self, free: int) -> list[Record]:
+        """Run the vision tower over the next pictures, as many as the free seats and the device have room for."""
+        assert self._pictures is not None
+        records: list[Record] = []
+        seen: list[tuple[list[int], Pixels]] = []
+        patches, limit = 0, PATCHES_AT_ONCE[self._model.decoder.device.type]
+        while sum(len(rows) for rows, _ in seen) < free and patches < limit:
+            with self._stages("waiting for pictures"):
+                found = next(self._pictures, None)
+            if found is None:
+                self._pictures = None
+                break
+            rows, pixels = found
+            if isinstance(pixels, RowFailed):
+                records += [_failed(row, pixels) for row in rows]
+            else:
+                seen.append((rows, pixels))
+                patches += pixels.patches
+        if not seen:
+            return records
+        with self._stages("vision"):
+            pictures = self._model.pictures([pixels for _, pixels in seen])
+        for (rows, _), picture in zip(seen, pictures, strict=True):
+            shown = _Shown(picture)
+            for row in rows:
+                question = self._model.question(self._questions[row])
+                try:
+                    long = self._model.is_long(picture, question)
+                except RowFailed as failure:
+                    records.append(_failed(row, failure))
+                    continue
+                shown.left[long] += 1
+                self._waiting.append(_Row(row, shown, question, long))
+        return records
+
+    def _make_ready(self, row: _Row) -> bool:
+        """See to it that the row's picture is in the cache. False where the row, or its picture, has no room now."""
+        if self._width(row) > self._batch.size.width:
+            return False
+        if row.long not in row.shown.cached:
+            with self._stages("prefix"):
+                cached = self._batch.read_picture(row.shown.picture.embeddings, row.long)
+            if cached is None:
+                return False
+            row.shown.cached[row.long] = cached
+        return True
+
+    def _sit_down(self) -> list[Record]:
+        """Seat the rows that are ready: their states at the last prompt token, and the first token of each answer."""
+        rows, self._ready = self._ready, []
+        for row in rows:
+            row.seat = Seated(row.shown.cached[row.long][0], [*row.question, *row.written])
+        self._seated += rows
+        with self._stages("questions"):
+            self._batch.seat([row.seat for row in rows if row.seat])
+            for row in rows:
+                if row.query_token is None and row.seat:  # not of a row that begins anew: its prompt had ended before
+                    row.query_token = row.seat.states
+                    row.vision_token = row.shown.cached[row.long][1].cpu().numpy()
+        return self._take_tokens(rows)
+
+    def _step(self) -> list[Record]:
+        """Choose the next token of every seated row."""
+        with self._stages("decoding"):
+            self._batch.step()
+        return self._take_tokens(self._seated)
+
+    def _take_tokens(self, rows: Sequence[_Row]) -> list[Record]:
+        """Write down what was chosen, and let the rows go whose answers are over."""
+        records, leaving = [], []
+        with self._stages("records"):
+            for row in rows:
+                assert row.seat is not None
+                row.written.append(row.seat.newest)
+                prompt = row.seat.prefix.length + len(row.question)
+                if not self._model.is_over(prompt, row.written, row.long):
+                    continue
+                leaving.append(row)
+                if not self._model.must_begin_anew(row.written, row.long):
+                    records.append(self._record(row))
+            if leaving:
+                self._let_go(leaving)
+        return records
+
+    def _let_go(self, leaving: Sequence[_Row]) -> None:
+        self._batch.leave([row.seat for row in leaving if row.seat])
+        gone = set(map(id, leaving))
+        self._seated = [row for row in self._seated if id(row) not in gone]
+        for row in leaving:
+            row.seat, shown = None, row.shown
+            shown.left[row.long] -= 1
+            if not shown.left[row.long]:
+                self._batch.forget_picture(shown.cached.pop(row.long)[0])
+            if self._model.must_begin_anew(row.written, row.long):
+                row.long = True
+                shown.left[True] += 1
+                self._waiting.appendleft(row)
+
+    def _record(self, row: _Row) -> Record:
+        assert row.vision_token is not None and row.query_token is not None
+        picture = row.shown.picture
+        record = Extracted(
+            row.row,
+            picture.vision_only.cpu().numpy(),
+            row.vision_token,
+            row.query_token,
+            picture.pixel_mean,
+            self._model.text(row.written),
+        )
+        return checked(record, self._model.layers)
+
+    def _width(self, row: _Row) -> int:
+        """Keys that a row needs a seat for."""
+        return len(row.question) + self._model.max_new_tokens
+
+    def _new_batch(self, width: int = 0, keys: int = 0) -> Batch:
+        """A batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
+        decoder = self._model.decoder
+        width = max(width, USUAL_QUESTION + self._model.max_new_tokens)
+        return Batch(decoder, size_cache(decoder.device, decoder.key_bytes, width, keys, self._seats))
+
+    def _lay_out_anew(self) -> None:
+        """The next row, or its picture, is too large for a batch that is empty: make one that has room for it."""
+        row = self._waiting[0]
+        self._empty()
+        self._batch = self._new_batch(self._width(row), len(row.shown.picture.embeddings))
+
+    def _halve(self) -> None:
+        """After running out of memory: half the seats, and those who sat begin again where they are."""
+        self._seats = self._batch.size.seats // 2
+        self._waiting.extendleft(reversed(self._seated + self._ready))
+        self._seated, self._ready = [], []
+        self._empty()
+        self._batch = self._new_batch()
+
+    def _empty(self) -> None:
+        """Forget all pictures that are in the cache, and the cache."""
+        for row in self._waiting:
+            row.seat = None
+            row.shown.cached.clear()
+        del self._batch
+        if self._model.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def checked(record: Extracted, layers: Sequence[int]) -> Record:
+    """The record, or why it is none: values that are NaN or infinite are never stored."""
+    try:
+        _check_finite("vision_only_representation", record.vision_only)
+        for index, layer in enumerate(layers):
+            _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index])
+            _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index])
+    except NonFiniteValues as failure:
+        return _failed(record.row, failure)
+    return record
+
+
+def _check_finite(name: str, vector: np.ndarray) -> None:
+    finite = np.isfinite(vector)
+    if not finite.all():
+        raise NonFiniteValues(f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}")
 
 
 def _by_picture(table: Table, rows: Sequence[int]) -> dict[str, list[int]]:
@@ -44,45 +335,6 @@ def _by_picture(table: Table, rows: Sequence[int]) -> dict[str, list[int]]:
     for row in rows:
         groups.setdefault(table.images[row], []).append(row)
     return groups
-
-
-def _ask(model: Phi4, picture: Picture, table: Table, rows: list[int], batch_size: int) -> Iterator[list[Record]]:
-    """Ask all questions on a picture: those with short prompts on one prefix, those with long ones on another."""
-    questions = {row: model.question(table.questions[row]) for row in rows}
-    regimes: dict[bool, list[int]] = {False: [], True: []}
-    refused: list[Record] = []
-    for row in rows:
-        try:
-            regimes[model.is_long(picture, questions[row])].append(row)
-        except RowFailed as failure:
-            refused.append(_failed(row, failure))
-    if refused:
-        yield refused
-    for long, members in regimes.items():
-        if not members:
-            continue
-        prefix = model.prefix(picture, long)
-        for start in range(0, len(members), batch_size):
-            batch = members[start : start + batch_size]
-            answers = model.answer(picture, prefix, [questions[row] for row in batch])
-            yield [_record(row, picture, answer, model.layers) for row, answer in zip(batch, answers, strict=True)]
-
-
-def _record(row: int, picture: Picture, answer: Answer, layers: Sequence[int]) -> Record:
-    try:
-        _check_finite("vision_only_representation", picture.vision_only)
-        for index, layer in enumerate(layers):
-            _check_finite(f"vision_token_representation/layer_{layer}", answer.vision_token[index])
-            _check_finite(f"query_token_representation/layer_{layer}", answer.query_token[index])
-    except NonFiniteValues as failure:
-        return _failed(row, failure)
-    return Extracted(row, picture.vision_only, answer.vision_token, answer.query_token, picture.pixel_mean, answer.text)
-
-
-def _check_finite(name: str, vector: np.ndarray) -> None:
-    finite = np.isfinite(vector)
-    if not finite.all():
-        raise NonFiniteValues(f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}")
 
 
 def _failed(row: int, failure: RowFailed) -> Failed:

@@ -28,7 +28,7 @@ class ExtractOptions:
     demo: bool
     dtype: str
     attn_implementation: str
-    batch_size: int
+    batch_size: int | None  # None: found from the free memory
     max_new_tokens: int
     num_workers: int
     slice: tuple[int, int] | None
@@ -67,7 +67,7 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--demo", action="store_true", help="small random model, shipped photographs: no network, no GPU needed")
     add("--dtype", choices=DTYPES, default="auto", help="number format of the model (%(default)s)")
     add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")
-    add("--batch-size", type=_positive, metavar="N", default=16, help="questions answered together (%(default)s)")
+    add("--batch-size", type=_batch_size, metavar="N", default="auto", help="rows answered together (%(default)s)")
     add("--max-new-tokens", type=_positive, metavar="N", default=200, help="tokens of the longest answer (%(default)s)")
     add("--num-workers", type=_natural, metavar="N", default=2, help="threads that read pictures ahead (%(default)s)")
     add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
@@ -114,6 +114,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return value
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
 
 
 def _slice(text: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +51,11 @@ class Corrupt:
 class ShardWriter:
     """Gathers the records of one rank and commits a segment every `interval` of them, and at the end.
 
-    Used as a context: whatever ends the block, what was added before is committed.
+    Segments are written behind the model's back, one at a time: while one is on its way to the disk the next may
+    fill, and no further, so that memory does not grow where the disk is slow.
+
+    Used as a context: whatever ends the block, what was added before is committed. An error of the disk is raised by
+    whichever call comes next.
     """
 
     def __init__(self, folder: Path, launch: str, rank: int, run: Run, table: Table, interval: int) -> None:
@@ -59,6 +64,8 @@ class ShardWriter:
         self._token = secrets.token_hex(3)  # two copies of the same rank never meet in a name
         self._number = 0
         self._pending: list[Extracted | Failed] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="segments")
+        self._behind: tuple[Future[None], list[Extracted | Failed]] | None = None
         self.committed = 0
         self.failed = 0
 
@@ -68,25 +75,43 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.commit()
+        try:
+            self.commit()
+        finally:
+            self._writer.shutdown()
 
     def add(self, records: Iterable[Extracted | Failed]) -> None:
-        """Take records over, and commit whenever there are enough for a segment."""
+        """Take records over, and begin to commit whenever there are enough for a segment."""
         for record in records:
             self._pending.append(record)
             if len(self._pending) == self._interval:
-                self.commit()
+                self._begin_commit()
 
     def commit(self) -> None:
-        """Make a segment of what is pending; nothing happens when nothing is."""
+        """Make a segment of what is pending, and wait until all is committed."""
+        self._begin_commit()
+        self._end_commit()
+
+    def _begin_commit(self) -> None:
+        self._end_commit()
         if not self._pending:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._number += 1
-        write_segment(self._folder / f"{self._number:05d}-{self._token}.h5", self._pending, self._run, self._table)
-        self.committed += len(self._pending)
-        self.failed += sum(isinstance(record, Failed) for record in self._pending)
+        path, records = self._folder / f"{self._number:05d}-{self._token}.h5", self._pending
         self._pending = []
+        self._behind = self._writer.submit(self._write, path, records), records
+
+    def _write(self, path: Path, records: list[Extracted | Failed]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_segment(path, records, self._run, self._table)
+
+    def _end_commit(self) -> None:
+        if self._behind is None:
+            return
+        (written, records), self._behind = self._behind, None
+        written.result()
+        self.committed += len(records)
+        self.failed += sum(isinstance(record, Failed) for record in records)
 
 
 def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, table: Table) -> None:

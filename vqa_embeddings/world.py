@@ -161,5 +161,6 @@ class StopFlag:
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
 
-    def __bool__(self) -> bool:
+    def requested(self) -> bool:
+        """Whether the run was asked to stop."""
         return self.signal is not None

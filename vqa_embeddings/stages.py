@@ -1,0 +1,30 @@
+"""Where the time goes: seconds by stage of the work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What keeps the model from computing; all other stages are the model's own.
+OUTSIDE = ("waiting for pictures", "waiting for the disk", "records")
+
+
+class Stages:
+    """Adds up wall time by stage. On a GPU work is only queued by most stages, and waited for by those that read it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of the block to a stage."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def outside(self) -> float:
+        """The share of the time in which the model did not compute, 0 to 1."""
+        return sum(self.seconds.get(name, 0.0) for name in OUTSIDE) / (sum(self.seconds.values()) or 1.0)
