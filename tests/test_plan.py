@@ -70,6 +70,12 @@ def test_a_slice_stays_the_same_whatever_has_been_done(of, seed, later, slices):
         assert (before == after).all()
 
 
+def test_the_slices_of_a_table_never_change():
+    """Array tasks that start after an update share the table with those that started before it."""
+    of = np.array([0, 1, 2, 0, 3, 4, 1, 5, 0, 6])
+    assert split(of, np.ones(len(of), bool), 3).tolist() == [0, 1, 2, 0, 2, 1, 1, 0, 0, 2]
+
+
 def test_few_uneven_pictures_are_balanced():
     of = np.repeat(np.arange(5), [14, 8, 5, 3, 1])
     rows = np.bincount(split(of, np.ones(31, bool), 2))

@@ -17,27 +17,25 @@ def split(pictures: np.ndarray, wanted: np.ndarray, shares: int) -> np.ndarray:
     first, at most 4/3 of the best possible maximum: R. L. Graham, 1969).
 
     Args:
-        pictures: int `[n]`, the picture of each row.
+        pictures: int `[n]`, the picture of each row, counted from 0 without large gaps.
         wanted: bool `[n]`, which rows there are to do.
         shares: how many shares.
     Returns:
-        int `[n]`: the share of each row, -1 where it is not wanted.
+        int64 `[n]`: the share of each row, -1 where it is not wanted.
     """
-    owner = np.full(len(pictures), -1, np.int64)
-    rows = np.flatnonzero(wanted)
-    if shares == 1 or not len(rows):
-        owner[rows] = 0
-        return owner
-    present, first, number, questions = np.unique(
-        pictures[rows], return_index=True, return_inverse=True, return_counts=True
-    )
-    share_of = np.empty(len(present), np.int64)
+    if shares == 1:
+        return np.where(wanted, 0, -1)
+    questions = np.bincount(pictures[wanted])
+    share_of = np.full(len(questions), -1)
+    costliest_first = np.argsort(-questions, kind="stable")[: np.count_nonzero(questions)]
+    costs = PICTURE_COST + questions[costliest_first]
     loads = [(0.0, share) for share in range(shares)]
-    for picture in np.lexsort((first, -questions)):
+    for picture, cost in zip(costliest_first.tolist(), costs.tolist(), strict=True):
         load, share = loads[0]
         share_of[picture] = share
-        heapq.heapreplace(loads, (load + PICTURE_COST + float(questions[picture]), share))
-    owner[rows] = share_of[number]
+        heapq.heapreplace(loads, (load + cost, share))
+    owner = np.full(len(pictures), -1)
+    owner[wanted] = share_of[pictures[wanted]]
     return owner
 
 
