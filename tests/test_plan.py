@@ -94,7 +94,7 @@ holdings = st.lists(st.lists(st.integers(0, 29), max_size=12, unique=True), max_
 @given(holdings, holdings, st.lists(st.integers(0, 29), max_size=10))
 def test_every_row_is_extracted_failed_or_missing_and_copies_are_counted(held, in_parts, failed):
     arrays = [np.array(rows, np.int64) for rows in held]
-    coverage = cover(30, arrays, [np.array(rows, np.int64) for rows in in_parts], failed)
+    coverage = cover(30, arrays, [np.array(rows, np.int64) for rows in in_parts], [np.array(failed, np.int64)])
     states = coverage.extracted.astype(int) + coverage.failed + coverage.missing
     assert (states == 1).all()
     anywhere = {row for rows in held + in_parts for row in rows}
@@ -115,7 +115,8 @@ def test_every_row_is_extracted_failed_or_missing_and_copies_are_counted(held, i
 @given(holdings, st.lists(st.integers(0, 29), max_size=10), st.integers(1, 12), chance)
 def test_a_part_is_written_when_its_rows_are_accounted_for_and_kept_while_it_is_right(held, failed, size, seed):
     arrays = [np.array(rows, np.int64) for rows in held]
-    first = cover(30, arrays, [], failed)
+    failures = [np.array(failed, np.int64)]
+    first = cover(30, arrays, [], failures)
     plans = plan_parts(first, size, {})
     assert [row for plan in plans for row in range(plan.first, plan.last)] == list(range(30))
     assert [plan.number for plan in plans] == list(range(1, len(plans) + 1))
@@ -124,10 +125,10 @@ def test_a_part_is_written_when_its_rows_are_accounted_for_and_kept_while_it_is_
         assert (plan.action == WAIT) == first.missing[plan.first : plan.last].any()
         if plan.action == WRITE:
             there[plan.number] = plan.first + np.flatnonzero(first.extracted[plan.first : plan.last])
-    for plan in plan_parts(cover(30, arrays, there.values(), failed), size, there):
+    for plan in plan_parts(cover(30, arrays, there.values(), failures), size, there):
         assert plan.action == (KEEP if plan.number in there else WAIT)
     retried = [np.array([row], np.int64) for row in failed]
-    again = cover(30, arrays + retried, there.values(), failed)
+    again = cover(30, arrays + retried, there.values(), failures)
     for plan in plan_parts(again, size, there):
         changed = any(plan.first <= row < plan.last and not first.extracted[row] for row in failed)
         if plan.number in there:

@@ -34,13 +34,15 @@ class Coverage:
         return ~(self.extracted | self.failed)
 
 
-def cover(count: int, held: Sequence[np.ndarray], in_parts: Iterable[np.ndarray], failed: Iterable[int]) -> Coverage:
+def cover(
+    count: int, held: Sequence[np.ndarray], in_parts: Iterable[np.ndarray], failed: Iterable[np.ndarray]
+) -> Coverage:
     """Account for every one of `count` rows.
 
     Args:
         held: for each segment, the rows whose values it holds; of several copies the first counts.
         in_parts: for each part, the rows that it holds.
-        failed: rows that some segment says have failed. A row that was extracted as well has not failed.
+        failed: for each segment, the rows that it says have failed. A row that was extracted as well has not failed.
     """
     holder = np.full(count, NOBODY, np.int64)
     position = np.full(count, NOBODY, np.int64)
@@ -54,7 +56,8 @@ def cover(count: int, held: Sequence[np.ndarray], in_parts: Iterable[np.ndarray]
     for rows in in_parts:
         extracted[rows] = True
     has_failed = np.zeros(count, bool)
-    has_failed[np.fromiter(failed, np.int64)] = True
+    for rows in failed:
+        has_failed[rows] = True
     return Coverage(holder, position, extracted, has_failed & ~extracted, duplicates)
 
 

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,13 @@ def publish_json(path: Path, value: Any, *, replace: bool = True) -> None:
     publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", replace=replace)
 
 
-def publish_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """`publish` for a CSV file."""
-    publish(path, lambda temporary: write_csv(temporary, header, rows))
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file, UTF-8, with `\\n` line ends."""
+@contextmanager
+def new_csv(path: Path, header: Sequence[str]) -> Iterator[Callable[[Sequence[str]], object]]:
+    """Begin a CSV file, UTF-8, with `\\n` line ends, and give what adds a row to it."""
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        yield writer.writerow
 
 
 def set_aside(path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vqa_embeddings.coverage import Coverage, cover
 from vqa_embeddings.parts import Part, read_parts
 from vqa_embeddings.records import Failed
 from vqa_embeddings.run import Run
-from vqa_embeddings.shards import Corrupt, Segment, read_segments
+from vqa_embeddings.shards import Corrupt, Segment, read_failures, read_segments
 from vqa_embeddings.table import Table
 
 
@@ -29,12 +31,17 @@ class Holdings:
             len(self.table),
             [segment.rows for segment in self.segments],
             [part.rows for part in self.parts],
-            (failed.row for segment in self.segments for failed in segment.failed),
+            [segment.failed for segment in self.segments],
         )
 
-    def failures(self) -> dict[int, Failed]:
-        """Why rows failed, by row: the last reason that was recorded, as launches are named after their start."""
-        return {failed.row: failed for segment in self.segments for failed in segment.failed}
+    def failures(self, wanted: np.ndarray) -> dict[int, Failed]:
+        """Why rows failed, by row: the last reason that was recorded, as launches are named after their start.
+
+        Args:
+            wanted: bool `[n]`, the rows to be told about; only segments in which one of them failed are read again.
+        """
+        telling = (segment.path for segment in self.segments if wanted[segment.failed].any())
+        return {failed.row: failed for path in telling for failed in read_failures(path) if wanted[failed.row]}
 
 
 def look(folder: Path, run: Run, table: Table, verify: bool = False) -> Holdings:

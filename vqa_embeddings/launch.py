@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, versions
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import write_csv
+from vqa_embeddings.files import new_csv
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.plan import pack, share_rows, unpack
@@ -46,13 +48,15 @@ def read_input(options: ExtractOptions) -> tuple[Table, Callable[[Path], object]
         found = "is a file" if images.exists() else "is not there"
         raise Refused(f"{images} {found}; expected the folder of pictures, check --images-dir")
     if not options.test:
-        return table, lambda target: target.write_bytes(path.read_bytes())
+        return table, lambda target: shutil.copyfile(path, target)
     chosen = sample(len(table), TEST_ROWS)
 
     def write_sample(target: Path) -> None:
         header, rows = read_rows(path)
-        wanted = set(chosen)
-        write_csv(target, header, (row for position, row in enumerate(rows) if position in wanted))
+        with new_csv(target, header) as add:
+            for position, row in enumerate(islice(rows, chosen[-1] + 1)):
+                if position in chosen:
+                    add(row)
 
     return select(table, chosen), write_sample
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 
 from vqa_embeddings.coverage import KEEP, NOBODY, WRITE, Coverage, PartPlan, plan_parts
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import publish_csv, publish_json, set_aside, sha256
+from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha256
 from vqa_embeddings.holdings import Holdings, look
 from vqa_embeddings.options import MergeOptions
 from vqa_embeddings.parts import Part, PartJob, Source, part_path, recorded_hashes, write_part
+from vqa_embeddings.records import Failed
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
 from vqa_embeddings.shards import Corrupt, checksum_path, find_damage
 from vqa_embeddings.table import read_rows, select
@@ -26,6 +28,7 @@ from vqa_embeddings.table import read_rows, select
 MISSING_FILE = "missing.csv"
 FAILED_FILE = "failed.csv"
 COMPLETE, INCOMPLETE, SOME_FAILED = 0, 3, 4  # exit statuses
+JOBS_AHEAD = 32  # for each process that writes parts
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ def merge(options: MergeOptions) -> Outcome:
     _set_damaged_aside(folder, holdings.corrupt)
     coverage = holdings.coverage()
     plans = plan_parts(coverage, options.part_size, {part.number: part.rows for part in holdings.parts})
-    jobs = [_job(options, holdings, coverage, plan) for plan in plans if plan.action == WRITE]
-    _forget(folder, {job.path.name for job in jobs} & known.keys())
-    _write(jobs, options.jobs)
-    written = {job.number for job in jobs}
+    due = [plan for plan in plans if plan.action == WRITE]
+    written = {plan.number for plan in due}
+    _forget(folder, {part_path(folder, number).name for number in written} & known.keys())
+    _write((_job(options, holdings, coverage, plan) for plan in due), min(options.jobs, len(due)))
     entries = [_entry(folder, coverage, plan, known, written) for plan in plans if plan.action in (KEEP, WRITE)]
-    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(jobs), 0)
+    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(due), 0)
     _report(folder, holdings, outcome)
     return replace(outcome, pruned=_prune(folder, holdings, coverage, entries)) if options.prune else outcome
 
@@ -170,14 +173,16 @@ def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: Pa
     )
 
 
-def _write(jobs: Sequence[PartJob], processes: int) -> None:
-    if processes == 1 or len(jobs) < 2:
+def _write(jobs: Iterator[PartJob], processes: int) -> None:
+    """Write parts, a few jobs at a time: all of them together would hold the whole table once more."""
+    if processes <= 1:
         for job in jobs:
             write_part(job)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
-        list(pool.map(write_part, jobs))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        while some := list(islice(jobs, JOBS_AHEAD * processes)):
+            list(pool.map(write_part, some))
 
 
 def _entry(
@@ -196,14 +201,7 @@ def _entry(
 
 def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
     coverage = outcome.coverage
-    publish_csv(folder / MISSING_FILE, *_rows_where(folder, coverage.missing))
-    header, failed_rows = _rows_where(folder, coverage.failed)
-    reasons = holdings.failures()
-    failed = (
-        [*row, reasons[int(position)].error, reasons[int(position)].message]
-        for position, row in zip(np.flatnonzero(coverage.failed), failed_rows, strict=True)
-    )
-    publish_csv(folder / FAILED_FILE, [*header, "error", "message"], failed)
+    _list_rows(folder, coverage, holdings.failures(coverage.failed))
     publish_json(
         folder / COVERAGE_FILE,
         {
@@ -221,12 +219,21 @@ def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
     )
 
 
-def _rows_where(folder: Path, wanted: np.ndarray) -> tuple[list[str], Iterator[list[str]]]:
-    """The header of `rows.csv`, and its rows as they are there, where `wanted`. Mostly none are, and none is parsed."""
-    header, rows = read_rows(folder / ROWS_FILE)
-    if not wanted.any():
-        return header, iter(())
-    return header, (row for row, take in zip(rows, wanted, strict=True) if take)
+def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) -> None:
+    """The rows without values, as `rows.csv` has them, which is gone through once, and not at all where all have."""
+    left = ~coverage.extracted
+    header, every_row = read_rows(folder / ROWS_FILE)
+    rows = compress(every_row, left.tobytes()) if left.any() else iter(())
+
+    def write(missing: Path, failed: Path) -> None:
+        with new_csv(missing, header) as add_missing, new_csv(failed, [*header, "error", "message"]) as add_failed:
+            for position, row in zip(np.flatnonzero(left).tolist(), rows, strict=True):
+                if coverage.failed[position]:
+                    add_failed([*row, reasons[position].error, reasons[position].message])
+                else:
+                    add_missing(row)
+
+    publish(folder / MISSING_FILE, lambda missing: publish(folder / FAILED_FILE, lambda failed: write(missing, failed)))
 
 
 def _prune(folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequence[dict[str, Any]]) -> int:
@@ -238,7 +245,7 @@ def _prune(folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequen
     safe &= coverage.extracted
     pruned = 0
     for segment in holdings.segments:
-        if safe[segment.rows].all() and all(safe[failed.row] for failed in segment.failed):
+        if safe[segment.rows].all() and safe[segment.failed].all():
             segment.path.unlink()
             checksum_path(segment.path).unlink(missing_ok=True)
             pruned += 1

@@ -36,8 +36,8 @@ class Segment:
     """A committed segment and the rows that it is about, all int64 positions in the table."""
 
     path: Path
-    rows: np.ndarray
-    failed: list[Failed]
+    rows: np.ndarray  # those whose values it holds
+    failed: np.ndarray  # those of which it says why they have none: read_failures reads the reasons
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,14 @@ def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list
     ]
 
 
+def read_failures(path: Path) -> list[Failed]:
+    """The rows of a segment that failed, each with the reason."""
+    with h5py.File(path, "r") as file:
+        failed = file["failed"]
+        columns = failed["row"][:].tolist(), failed["error"].asstr()[:], failed["message"].asstr()[:]
+    return [Failed(row, error, message) for row, error, message in zip(*columns, strict=True)]
+
+
 def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
     count, layers = len(records), len(run.layers)
     shapes = {
@@ -225,9 +233,8 @@ def _read_index(path: Path, run: Run) -> Segment:
     with h5py.File(path, "r") as file:
         if file.attrs["run"] != run.key:
             raise ValueError("it belongs to another run")
-        rows, failed = file["row"][:], file["failed"]
-        columns = failed["row"][:], failed["error"].asstr()[:], failed["message"].asstr()[:]
-    for positions in (rows, columns[0]):
+        rows, failed = file["row"][:], file["failed/row"][:]
+    for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
             raise ValueError("it is about rows that the table has not")
-    return Segment(path, rows, [Failed(int(row), error, message) for row, error, message in zip(*columns, strict=True)])
+    return Segment(path, rows, failed)
