@@ -82,11 +82,8 @@ def extract_share(options: ExtractOptions, world: World) -> None:
                 shard.add(finished)
             bar.update(finished)
     left = len(launch.rows) - shard.committed
-    say_for_rank(
-        world,
-        f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left; "
-        f"{stages.outside():.1%} of the time outside the model",
-    )
+    done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
+    say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
     if stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -24,6 +25,7 @@ from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.stages import Stages
+from vqa_embeddings.steps import Steps
 from vqa_embeddings.vision import needed_patches
 
 
@@ -65,6 +67,44 @@ def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(mod
     assert len(seated) == len(by_picture)
     assert max(steps) >= 2, "no step was for rows of several pictures"
     assert len(steps) < len(by_picture) * 2 * (TOKENS - 1) / 2
+
+
+def test_steps_by_captured_graphs_choose_the_same_tokens(model, by_picture, expected, monkeypatch):
+    """The graphs are a stand-in that computes what was captured again; that of CUDA runs in tests/gpu/check.sh."""
+    captured, replays = [], []
+    advance = Batch._advance
+
+    class Graph:
+        def replay(self):
+            replays.append(self)
+            advance(*self.work)
+
+        def pool(self):
+            return 1
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        yield
+
+    def record(self, step, width):
+        if captured and not hasattr(captured[-1], "work"):
+            captured[-1].work = self, step, width  # a capture computes nothing
+        else:
+            advance(self, step, width)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: captured.append(Graph()) or captured[-1])
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Batch, "_advance", record)
+    begin = Steps.__init__
+
+    def begin_capturing(self, *given):
+        begin(self, *given)
+        self.captures = True
+
+    monkeypatch.setattr(Steps, "__init__", begin_capturing)
+    for row, found in ask_rows(model, list(by_picture.items()), 11):
+        assert_equals(model, found, expected[row["question_id"]])
+    assert 1 <= len(captured) < len(replays)
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch):

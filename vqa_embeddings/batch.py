@@ -129,7 +129,7 @@ class Batch:
 
     def _arrange(self) -> Step:
         """What a step computes on, from the rows as they sit now."""
-        grown: Callable[[int], int] = _power_of_two if self._decoder.device.type == "cuda" else int
+        grown: Callable[[int], int] = _power_of_two if self._steps.captures else int
         pages = min(grown(1 + max(page for row in self.rows for page in row.prefix.pages)), self.size.pages)
         count = min(grown(len(self.rows)), self.size.seats)
         company, _ = arrange([row.prefix for row in self.rows], pages, count, grown)

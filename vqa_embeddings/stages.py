@@ -25,6 +25,10 @@ class Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
     def outside(self) -> float:
         """The share of the time in which the model did not compute, 0 to 1."""
-        return sum(self.seconds.get(name, 0.0) for name in OUTSIDE) / (sum(self.seconds.values()) or 1.0)
+        return sum(self.seconds.get(name, 0.0) for name in OUTSIDE) / (self.total() or 1.0)

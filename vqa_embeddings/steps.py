@@ -40,14 +40,14 @@ class Steps:
 
     def __init__(self, advance: Callable[[Step, int], None], device: torch.device) -> None:
         self._advance = advance
-        self._captures = device.type == "cuda"
+        self.captures = device.type == "cuda"
         self._seen: Counter[object] = Counter()
         self._graphs: dict[object, _Captured] = {}
         self._pool: object = None  # the graphs run one after another, and can share their memory
 
     def run(self, step: Step, width: int) -> list[int]:
         """Take a step, by which `step` changes. Returns the chosen tokens, padding included."""
-        if not self._captures:
+        if not self.captures:
             self._advance(step, width)
             return step.newest.tolist()
         shape = (step.shape(), width)

@@ -16,28 +16,15 @@ from PIL import Image
 from published_reader import read_published
 from reference import Expected, Reference, cosine, relative_error
 
+from tests.benchmarks.inputs import FULL
 from vqa_embeddings.compute import find_device, versions
-from vqa_embeddings.demo import DATA, Sizes, make_checkpoint
+from vqa_embeddings.demo import DATA, make_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENS = 8
 RELATIVE, COSINE = 1e-4, 0.999  # the contract's: of float32, of the narrower formats
 PICTURES = {"coffee.jpg": 4, "astronaut.jpg": 4}  # with masked patches, and without any; how many questions of each
 LONG_PICTURE = ("long.png", (2048, 1536))  # 5133 image tokens
-# The real model with its vision LoRA, 5.1 billion parameters; the other 0.5 are the LoRA for speech, which is not read.
-FULL = Sizes(
-    decoder={
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 200064,
-    },
-    vision={"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16},
-    audio={},
-    rank=256,
-)
 
 
 @dataclass(frozen=True)
