@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi4_multimodal.modeling_phi4_multimodal import apply_rotary_pos_emb
 
 from vqa_embeddings.attention import attend, attend_some, gather, join
 from vqa_embeddings.cache import Cache, CacheSize, Company
@@ -141,13 +140,28 @@ class Decoder:
         """Queries, keys and values, [batch, length, heads, head size], the first two turned by their positions."""
         states = layer.self_attn.qkv_proj(layer.input_layernorm(hidden))
         states = states.view(*states.shape[:-1], -1, self._head_size)
+        _turn(states[:, :, : self.heads + self._key_heads], *angles)
         queries, keys, values = states.split((self.heads, self._key_heads, self._key_heads), dim=2)
-        return *apply_rotary_pos_emb(queries, keys, *angles, unsqueeze_dim=2), values
+        return queries, keys, values
 
     def _finish(self, layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The rest of a layer, after attention."""
-        hidden = hidden + layer.self_attn.o_proj(mixed.flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = layer.self_attn.o_proj(mixed.flatten(2)).add_(hidden)
+        return layer.mlp(layer.post_attention_layernorm(hidden)).add_(hidden)
+
+
+def _turn(states: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Turn queries and keys by their positions, in place: the first half of what is turned against the second.
+
+    Args:
+        states: [batch, length, heads, head size].
+        cosines, sines: [batch, length, 1, half of what is turned].
+    """
+    half = cosines.shape[-1]
+    first, second = states[..., :half], states[..., half : 2 * half]
+    turned = torch.addcmul(first * cosines, second, sines, value=-1)
+    second.mul_(cosines).addcmul_(first, sines)
+    first.copy_(turned)
 
 
 class RowRotary(nn.Module):
@@ -169,13 +183,12 @@ class RowRotary(nn.Module):
         self._scaling: float = library.attention_scaling
 
     def forward(self, x: Tensor, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [rows, length, rotated size] in the format of `x`.
+        """Cosines and sines, [rows, length, 1, half of the rotated size] in the format of `x`.
 
         Args:
             positions: int64 [rows, length].
             long: bool [rows].
         """
         frequencies = torch.where(long[:, None], self.long_frequencies, self.short_frequencies)
-        angles = positions[..., None].float() * frequencies[:, None, :]
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = (positions[..., None].float() * frequencies[:, None, :])[:, :, None]
         return (angles.cos() * self._scaling).to(x.dtype), (angles.sin() * self._scaling).to(x.dtype)

@@ -108,8 +108,8 @@ class Vision:
         order, groups = _arrange(mask, needed)
         hidden = embedded[order.to(embedded.device)]
         for layer in self._layers:
-            hidden = hidden + self._attention(layer.self_attn, layer.layer_norm1(hidden), groups)
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            hidden = self._attention(layer.self_attn, layer.layer_norm1(hidden), groups).add_(hidden)
+            hidden = layer.mlp(layer.layer_norm2(hidden)).add_(hidden)
         back = torch.argsort(order)  # the needed patches in reading order
         return hidden[back.to(hidden.device)]
 
@@ -125,7 +125,7 @@ class Vision:
             shown = split(queries), split(keys)[:, :, :unmasked], split(values)[:, :, :unmasked]
             mixed = attend(module, shown, causal=False)
             made.append(mixed.reshape(crops * patches, -1))
-        return module.out_proj(torch.cat(made))
+        return module.out_proj(torch.cat(made) if len(made) > 1 else made[0])
 
     def _project(self, features: Tensor, place: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
         """The picture's tokens, [image tokens, hidden]: its crops laid out and read row by row, then its global view.
