@@ -38,7 +38,7 @@ def main() -> int:
 def extract_share(options: ExtractOptions, world: World) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
     from vqa_embeddings.checkpoint import find_checkpoint
-    from vqa_embeddings.compute import choose_attention, choose_dtype, find_device, keep_freed_memory
+    from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
     from vqa_embeddings.demo import NOTICE, demo_options
     from vqa_embeddings.launch import describe_run, read_input, start
     from vqa_embeddings.options import MODEL
@@ -63,7 +63,6 @@ def extract_share(options: ExtractOptions, world: World) -> None:
         return
 
     stop = StopFlag().install()
-    keep_freed_memory()
     from vqa_embeddings.extract import extract
     from vqa_embeddings.phi4 import Phi4
     from vqa_embeddings.stages import Stages

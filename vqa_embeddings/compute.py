@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -95,20 +94,6 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     if asked != "auto":
         return Choice(asked, "asked for")
     return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed, instead of giving it back and having every page of it zeroed again.
-
-    Large tensors come and go many times a second. Where the C library is not glibc, nothing happens.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
 
 
 def free_memory(device: torch.device) -> int:
