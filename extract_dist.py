@@ -43,7 +43,7 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     from vqa_embeddings.launch import describe_run, read_input, start
     from vqa_embeddings.options import MODEL
     from vqa_embeddings.progress import Progress, say_plan
-    from vqa_embeddings.run import check_run, claim_run
+    from vqa_embeddings.run import check_run, claim_run, keep_rows
     from vqa_embeddings.shards import ShardWriter
 
     if options.demo:
@@ -59,7 +59,9 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     check_run(options.output_dir, run)
     launch = start(options, world, run, table)
     say_plan(world, options, run, launch, device, dtype, attention)
-    if not launch.rows:
+    if not len(launch.rows):
+        if world.main:
+            keep_rows(options.output_dir, write_rows)
         return
 
     stop = StopFlag().install()
@@ -70,7 +72,7 @@ def extract_share(options: ExtractOptions, world: World) -> None:
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
     engine = Phi4(*loaded, options.max_new_tokens)
-    claim_run(options.output_dir, run, write_rows)
+    claim_run(options.output_dir, run, write_rows if world.main else None)
     assert options.images_dir is not None
     stages = Stages()
     settings = options.batch_size, options.num_workers
@@ -84,7 +86,9 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     left = len(launch.rows) - shard.committed
     done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
     say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
-    if stop.requested():
+    if not stop.requested():
+        keep_rows(options.output_dir, write_rows)  # where rank 0 has not come to it
+    else:
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
 
 

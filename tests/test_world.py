@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.world import World, from_rank_zero, read_array_slice, read_world
+from vqa_embeddings.world import World, from_rank_zero, put, read_array_slice, read_world, take
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
@@ -87,6 +88,14 @@ def test_ranks_without_a_store_agree_through_a_file(tmp_path: Path):
     main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
     assert from_rank_zero(main, tmp_path, lambda: b"plan") == b"plan"
     assert from_rank_zero(other, tmp_path, lambda: b"not asked") == b"plan"
+
+
+def test_a_plan_of_any_size_goes_through_the_store():
+    """The flags of 100 million rows may be 12.5 MB; a value above 8 MiB ends the connection."""
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    plan = bytes(range(256)) * 50_000
+    put(store, plan)
+    assert take(store) == plan
 
 
 SCRIPT = """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ USUAL_QUESTION = 256  # tokens of a row's own that its seat has room for beside 
 def extract(
     model: Phi4,
     table: Table,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     images_dir: Path,
     batch_size: int | None,
     workers: int,
@@ -49,12 +50,11 @@ def extract(
     Yields:
         The records that one unit of work has finished, often none.
     """
-    groups = _by_picture(table, rows)
 
-    def prepare(name: str) -> Pixels:
-        return model.pixels(open_picture(locate(images_dir, name)))
+    def prepare(group: tuple[str, list[int]]) -> Pixels:
+        return model.pixels(open_picture(locate(images_dir, group[0])))
 
-    pictures = ((groups[name], found) for name, found in read_ahead(list(groups), prepare, workers))
+    pictures = ((group[1], found) for group, found in read_ahead(_by_picture(table, rows), prepare, workers))
     flight = Flight(model, table.questions, pictures, batch_size, stages or Stages())
     deadline: float | None = None
     while not flight.over:
@@ -330,11 +330,9 @@ def _check_finite(name: str, vector: np.ndarray) -> None:
         raise NonFiniteValues(f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}")
 
 
-def _by_picture(table: Table, rows: Sequence[int]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(table.images[row], []).append(row)
-    return groups
+def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
+    """Each picture with its rows, made as they are asked for: a rank may have a million."""
+    return ((name, list(group)) for name, group in groupby(map(int, rows), table.images.__getitem__))
 
 
 def _failed(row: int, failure: RowFailed) -> Failed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, RowFailed
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -54,32 +55,32 @@ def open_picture(path: Path) -> Image.Image:
         raise PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}") from None
 
 
-def read_ahead(names: Sequence[str], prepare: Callable[[str], T], workers: int) -> Iterator[tuple[str, T | RowFailed]]:
-    """`prepare(name)` for every name in order, up to `2 * workers` of them made ahead in threads.
+def read_ahead(keys: Iterable[K], prepare: Callable[[K], T], workers: int) -> Iterator[tuple[K, T | RowFailed]]:
+    """`prepare(key)` for every key in order, up to `2 * workers` of them made ahead in threads.
 
     Yields:
-        The name, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
+        The key, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
     """
 
-    def attempt(name: str) -> T | RowFailed:
+    def attempt(key: K) -> T | RowFailed:
         try:
-            return prepare(name)
+            return prepare(key)
         except RowFailed as failure:
             return failure
 
     if workers == 0:
-        yield from ((name, attempt(name)) for name in names)
+        yield from ((key, attempt(key)) for key in keys)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
-    waiting: deque[tuple[str, Future[T | RowFailed]]] = deque()
-    ahead = iter(names)
+    waiting: deque[tuple[K, Future[T | RowFailed]]] = deque()
+    ahead = iter(keys)
     try:
         while True:
-            while len(waiting) < 2 * workers and (name := next(ahead, None)) is not None:
-                waiting.append((name, pool.submit(attempt, name)))
+            while len(waiting) < 2 * workers and (key := next(ahead, None)) is not None:
+                waiting.append((key, pool.submit(attempt, key)))
             if not waiting:
                 return
-            name, future = waiting.popleft()
-            yield name, future.result()
+            key, future = waiting.popleft()
+            yield key, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

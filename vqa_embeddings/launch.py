@@ -32,7 +32,7 @@ class Launch:
     slice: tuple[int, int]
     slice_rows: int  # rows of the table in the slice
     slice_pending: int  # of them, those that this launch is to do
-    rows: list[int]  # of them, those of this rank, picture after picture
+    rows: np.ndarray  # int64 [m], of them, those of this rank, picture after picture
 
 
 def read_input(options: ExtractOptions) -> tuple[Table, Callable[[Path], object]]:
@@ -103,4 +103,4 @@ def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Laun
     part = options.slice or read_array_slice() or (0, 1)
     inside, rows = share_rows(table.pictures(), pending, part, world.rank, world.size, world.can_agree)
     todo = int(np.count_nonzero(inside & pending))
-    return Launch(name.decode(), part, int(np.count_nonzero(inside)), todo, rows.tolist())
+    return Launch(name.decode(), part, int(np.count_nonzero(inside)), todo, rows)

@@ -84,13 +84,13 @@ def check_run(folder: Path, wanted: Run) -> None:
         raise Refused(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
 
 
-def claim_run(folder: Path, wanted: Run, write_rows: Callable[[Path], object]) -> None:
+def claim_run(folder: Path, wanted: Run, write_rows: Callable[[Path], object] | None) -> None:
     """Begin the run in `folder`, or join the one that is there. Any number of launches may do so at once.
 
     Args:
         folder: the output folder, which `check_run` has seen.
         wanted: what this launch extracts.
-        write_rows: writes the CSV that becomes `rows.csv` to the path that it is given.
+        write_rows: as for `keep_rows`; None leaves that to another rank.
     Raises:
         Refused: another launch was faster, and its run is another one.
     """
@@ -99,7 +99,19 @@ def claim_run(folder: Path, wanted: Run, write_rows: Callable[[Path], object]) -
         publish_json(folder / RUN_FILE, {**asdict(wanted), "created_at": now}, replace=False)
     _refuse_differences(folder, read_run(folder), wanted)
     # After run.json, so that a launch which lost the race with another table has been refused by now.
-    if not (folder / ROWS_FILE).exists():
+    if write_rows is not None:
+        keep_rows(folder, write_rows)
+
+
+def keep_rows(folder: Path, write_rows: Callable[[Path], object]) -> None:
+    """Lay the table beside the run that `folder` holds, unless it is there, or no run is.
+
+    A table may have 10 GB: at the start of a launch only its rank 0 does this, so that not every rank makes a copy.
+
+    Args:
+        write_rows: writes the CSV that becomes `rows.csv` to the path that it is given.
+    """
+    if (folder / RUN_FILE).exists() and not (folder / ROWS_FILE).exists():
         publish(folder / ROWS_FILE, write_rows)
 
 

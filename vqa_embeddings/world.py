@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.files import publish
 
-START_UP_SECONDS = 600
+START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
+LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks ask the same metadata server
+STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
 REPEAT_SECONDS = 3  # schedulers signal ranks and launcher, which passes it on: one request, not two
 
 
@@ -113,8 +116,8 @@ def _through_store(world: World, make: Callable[[], bytes]) -> bytes:
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     store = PrefixStore(f"vqa_embeddings/{world.launch_key}", store)
     if world.main:
-        store.set("plan", make())
-    payload: bytes = store.get("plan")
+        put(store, make())
+    payload = take(store)
     # Without torchrun's agent the store lives in rank 0, which must then not leave before all have read.
     store.add("read", 1)
     if world.main:
@@ -124,19 +127,34 @@ def _through_store(world: World, make: Callable[[], bytes]) -> bytes:
     return payload
 
 
+def put(store: Any, payload: bytes) -> None:
+    """Leave the plan in the launcher's store, in pieces that it takes; the number of them last."""
+    pieces = [payload[start : start + STORE_BYTES] for start in range(0, len(payload), STORE_BYTES)]
+    for number, piece in enumerate(pieces):
+        store.set(f"plan/{number}", piece)
+    store.set("plan", str(len(pieces)))
+
+
+def take(store: Any) -> bytes:
+    """What rank 0 has left in the store, or will."""
+    return b"".join(store.get(f"plan/{number}") for number in range(int(store.get("plan"))))
+
+
 def _through_file(world: World, path: Path, make: Callable[[], bytes]) -> bytes:
     if world.main:
         payload = make()
         publish(path, lambda temporary: temporary.write_bytes(payload))
         return payload
     deadline = time.monotonic() + START_UP_SECONDS
+    pause = 0.1
     while not path.exists():
         if time.monotonic() > deadline:
             raise Refused(
                 f"rank {world.rank} waited {START_UP_SECONDS} s for rank 0's plan in {path}; "
                 "check that rank 0 runs and that all ranks see the same output folder"
             )
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
     return path.read_bytes()
 
 

@@ -1,0 +1,60 @@
+"""What a thousand ranks would each do, done once; what a rank would hold all of, made as it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import planning
+
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.extract import _by_picture
+from vqa_embeddings.run import claim_run, keep_rows
+from vqa_embeddings.table import Table
+
+RUN = planning._run(3, "0" * 64)
+
+
+def never(path: Path) -> None:
+    raise AssertionError(f"{path} was to be left alone")
+
+
+def test_only_the_rank_that_is_to_keep_the_table_copies_it(tmp_path: Path):
+    claim_run(tmp_path, RUN, None)
+    assert not (tmp_path / "rows.csv").exists()
+    claim_run(tmp_path, RUN, lambda path: path.write_text("the table"))
+    assert (tmp_path / "rows.csv").read_text() == "the table"
+    claim_run(tmp_path, RUN, never)
+
+
+def test_the_table_is_kept_later_where_the_first_rank_did_not_come_to_it(tmp_path: Path):
+    claim_run(tmp_path, RUN, None)
+    keep_rows(tmp_path, lambda path: path.write_text("the table"))
+    keep_rows(tmp_path, never)
+    assert (tmp_path / "rows.csv").read_text() == "the table"
+
+
+def test_no_table_is_laid_where_no_run_is_or_another_one(tmp_path: Path):
+    keep_rows(tmp_path, never)
+    claim_run(tmp_path, RUN, None)
+    with pytest.raises(Refused, match="another run"):
+        claim_run(tmp_path, replace(RUN, dtype="float16"), never)
+
+
+def test_the_pictures_of_a_rank_come_as_they_are_asked_for():
+    table = Table("abcde", ["x", "x", "y", "z", "z"], "?????", "12345")
+    asked = []
+
+    def rows() -> Iterator[int]:
+        for row in np.arange(5):
+            asked.append(int(row))
+            yield row
+
+    groups = _by_picture(table, rows())
+    assert next(groups) == ("x", [0, 1])
+    assert asked == [0, 1, 2]
+    assert list(groups) == [("y", [2]), ("z", [3, 4])]
+    assert all(type(row) is int for _, found in _by_picture(table, np.arange(5)) for row in found)
