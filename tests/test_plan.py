@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqa_embeddings.coverage import KEEP, NOBODY, WAIT, WRITE, cover, plan_parts
-from vqa_embeddings.plan import PICTURE_COST, pack, share_rows, split, unpack
+from vqa_embeddings.plan import PICTURE_COST, deal, pack, share_rows, split, unpack
 
 pictures = st.lists(st.integers(0, 12), max_size=80).map(lambda numbers: np.array(numbers, np.int64))
 chance = st.integers(0, 2**32 - 1)
@@ -35,6 +35,32 @@ def test_no_share_has_more_than_the_fair_one_and_a_picture(of, seed, shares):
     costs = {picture: PICTURE_COST + np.sum(of[wanted] == picture) for picture in np.unique(of[wanted])}
     loads = [sum(costs[picture] for picture in np.unique(of[owner == share])) for share in range(shares)]
     assert max(loads) <= sum(costs.values()) / shares + max(costs.values(), default=0)
+
+
+@given(st.lists(st.integers(1, 9), max_size=120), st.integers(1, 9))
+def test_costs_go_one_after_another_to_the_least_loaded(costs, shares):
+    costs = np.array(sorted(costs, reverse=True), float)
+    loads, expected = [0.0] * shares, []
+    for cost in costs.tolist():
+        expected.append(loads.index(min(loads)))
+        loads[expected[-1]] += cost
+    assert deal(costs, shares).tolist() == expected
+
+
+def test_a_part_of_a_large_table_comes_from_few_ranks_and_they_are_balanced_all_the_same():
+    of = np.repeat(np.arange(120_000), 5)
+    owner = split(of, np.ones(len(of), bool), 8)
+    assert max(len(np.unique(rows)) for rows in np.split(owner, 600)) <= 5
+    assert np.bincount(owner).max() < 1.005 * len(of) / 8
+    assert (owner.reshape(-1, 5) == owner[::5, None]).all()  # the questions on a picture together
+
+
+def test_pictures_whose_size_depends_on_their_place_are_shared_evenly():
+    """Two cameras in turn, two sources mixed: dealt one by one, all large pictures would go to every other rank."""
+    of = np.arange(200_000)
+    owner = split(of, np.ones(len(of), bool), 8)
+    large = np.bincount(owner[::2], minlength=8)
+    assert large.max() < 1.02 * large.mean()
 
 
 @given(pictures, chance, st.integers(1, 4), st.integers(1, 5))

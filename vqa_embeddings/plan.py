@@ -7,14 +7,16 @@ import zlib
 
 import numpy as np
 
+UNIT_ROWS = 250  # of neighbouring pictures, dealt together: the 1000 rows of a part then lie in about five segments
+SHARE_UNITS = 256  # that a share has at least, so that it has no more than its part: small tables go by the picture
 PICTURE_COST = 3.0  # what a picture costs once, in units of one question: vision tower and prefix against ~100 tokens
 
 
 def split(pictures: np.ndarray, wanted: np.ndarray, shares: int) -> np.ndarray:
     """Deal the wanted rows to `shares` shares, all questions on one picture to the same one, the work balanced.
 
-    The pictures go, the costliest first, each to the share that has the least so far (longest processing time
-    first, at most 4/3 of the best possible maximum: R. L. Graham, 1969).
+    Some pictures that follow each other make a unit. The units go, the costliest first, each to the share that has
+    the least so far (longest processing time first, at most 4/3 of the best possible maximum: R. L. Graham, 1969).
 
     Args:
         pictures: int `[n]`, the picture of each row, counted from 0 without large gaps.
@@ -26,17 +28,55 @@ def split(pictures: np.ndarray, wanted: np.ndarray, shares: int) -> np.ndarray:
     if shares == 1:
         return np.where(wanted, 0, -1)
     questions = np.bincount(pictures[wanted])
+    asked = np.flatnonzero(questions)
+    costs = PICTURE_COST + questions[asked]
+    size = unit_size(len(asked), int(questions.sum()), shares)
+    units = np.add.reduceat(costs, np.arange(0, len(asked), size)) if size > 1 else costs
+    costliest_first = np.argsort(-units, kind="stable")
+    dealt = np.empty(len(units), np.int64)
+    dealt[costliest_first] = deal(units[costliest_first], shares)
     share_of = np.full(len(questions), -1)
-    costliest_first = np.argsort(-questions, kind="stable")[: np.count_nonzero(questions)]
-    costs = PICTURE_COST + questions[costliest_first]
-    loads = [(0.0, share) for share in range(shares)]
-    for picture, cost in zip(costliest_first.tolist(), costs.tolist(), strict=True):
-        load, share = loads[0]
-        share_of[picture] = share
-        heapq.heapreplace(loads, (load + cost, share))
+    share_of[asked] = np.repeat(dealt, size)[: len(asked)]
     owner = np.full(len(pictures), -1)
     owner[wanted] = share_of[pictures[wanted]]
     return owner
+
+
+def unit_size(pictures: int, rows: int, shares: int) -> int:
+    """How many neighbouring pictures go to a share together, where so many pictures have so many rows to do."""
+    return max(1, min(UNIT_ROWS * pictures // max(1, rows), pictures // (SHARE_UNITS * shares)))
+
+
+def deal(costs: np.ndarray, shares: int) -> np.ndarray:
+    """Give each cost to the share with the least so far, and of several to the first.
+
+    Args:
+        costs: whole numbers as float `[m]`, the highest first.
+    Returns:
+        int64 `[m]`: the share of each.
+    """
+    dealt = np.empty(len(costs), np.int64)
+    loads = [(0.0, share) for share in range(shares)]
+    highest = 0.0
+    ends = np.append(np.flatnonzero(np.diff(costs)) + 1, len(costs)).tolist()
+    place = 0
+    for end in ends:
+        cost = float(costs[place]) if place < end else 0.0
+        while place < end and highest - loads[0][0] >= cost:
+            load, share = loads[0]
+            dealt[place] = share
+            heapq.heapreplace(loads, (load + cost, share))
+            highest = max(highest, load + cost)
+            place += 1
+        if place < end:  # the loads differ by less than the cost of one: from here on they come round in turn
+            loads.sort()
+            dealt[place:end] = np.resize([share for _, share in loads], end - place)
+            rounds, rest = divmod(end - place, shares)
+            loads = [(load + cost * (rounds + (turn < rest)), share) for turn, (load, share) in enumerate(loads)]
+            heapq.heapify(loads)
+            highest = max(loads)[0]
+            place = end
+    return dealt
 
 
 def share_rows(
