@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -15,6 +16,7 @@ from conftest import merge
 from published_reader import read_published
 
 from vqa_embeddings import merge as merging
+from vqa_embeddings.files import sha256
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import parse_merge
 from vqa_embeddings.records import Extracted, Failed
@@ -226,8 +228,6 @@ def test_a_segment_of_another_run_is_not_used(out):
     victim = sorted(out.glob("shards/*/*.h5"))[0]
     with h5py.File(victim, "r+") as file:
         file.attrs["run"] = "of another model"
-    from vqa_embeddings.files import sha256
-
     victim.with_name(victim.name + ".sha256").write_text(f"{sha256(victim)}  {victim.name}\n")
     assert merge(out).returncode == 3
     assert "another run" in coverage(out)["corrupt_segments"][0]["reason"]
@@ -340,10 +340,64 @@ def test_another_part_size_is_refused(out):
     assert contents(out) == before
 
 
+def test_no_row_leaves_anything_in_the_next(out):
+    """The rows of a part go through one group in memory."""
+    answers = ["long " * 30_000, "", "\N{SNOWMAN} and more", "a", "", "longer again", *["same"] * (ROWS - 6)]
+    commit(out, [replace(record(row), answer=answer) for row, answer in enumerate(answers)])
+    assert merge(out).returncode == 0
+    read = read_published(out)
+    assert [read[f"q{row}"]["answer"] for row in range(ROWS)] == answers
+    for row in range(ROWS):
+        assert (read[f"q{row}"]["vision_only"] == record(row).vision_only).all()
+
+
+def test_vectors_of_another_size_are_never_written(out):
+    commit(out, [record(row) for row in range(20)], interval=20)
+    commit(out, [record(row) for row in range(20, ROWS)])
+    segment = sorted(out.glob("shards/*/*.h5"))[-1]
+    with h5py.File(segment, "r+") as file:
+        del file["vision_only_representation"]
+        file["vision_only_representation"] = np.zeros((3, 5), np.float32)
+    segment.with_name(segment.name + ".sha256").write_text(f"{sha256(segment)}  {segment.name}\n")
+    merged = merge(out)
+    assert merged.returncode == 1
+    assert "row 20 has a vision_only_representation of shape (5,), expected (6,)" in merged.stderr
+    assert not list(out.glob("*.h5*"))
+
+
+def test_every_recorded_hash_is_that_of_the_file(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    for jobs in (1, 2):
+        assert merge(out, "--part-size", PART_SIZE, "--jobs", jobs).returncode == 0
+        for entry in coverage(out)["parts"]:
+            assert entry["sha256"] == sha256(out / entry["file"])
+            (out / entry["file"]).unlink()
+
+
+def test_vectors_are_contiguous_and_texts_variable_length(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out).returncode == 0
+    with h5py.File(out / PART.format(1)) as file:
+        for group in (file["q0"], file["q22"]):
+            datasets: list[h5py.Dataset] = []
+            group.visititems(lambda _, found, into=datasets: into.append(found) if hasattr(found, "dtype") else None)
+            assert len(datasets) == 4 + 1 + 2 * len(LAYERS)
+            assert {dataset.id.get_create_plist().get_layout() for dataset in datasets} == {h5py.h5d.CONTIGUOUS}
+            for dataset in datasets:
+                text = h5py.check_string_dtype(dataset.dtype)
+                assert dataset.dtype == "<f4" if text is None else (text.encoding, text.length) == ("utf-8", None)
+
+
 def test_gzip_is_as_published_and_reads_the_same(out):
     commit(out, [record(row) for row in range(ROWS)])
     assert merge(out, "--compression", "gzip").returncode == 0
     assert_right(out, set(range(ROWS)))
     with h5py.File(out / PART.format(1)) as file:
-        assert file["q0/vision_token_representation/layer_2"].compression == "gzip"
-        assert file["q0/vision_only_representation"].compression == "gzip"
+        for name in ("vision_only_representation", "vision_token_representation/layer_2"):
+            assert file["q0"][name].compression == file["q22"][name].compression == "gzip"
+            assert file["q22"][name].id.get_storage_size() != file["q22"][name].nbytes
+    before = contents(out)
+    for path in [*out.glob("*.h5"), out / "coverage.json"]:
+        path.unlink()
+    assert merge(out, "--compression", "gzip", "--jobs", 2).returncode == 0
+    assert contents(out) == before

@@ -88,7 +88,8 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """SHA-256 of the whole file, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    block = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()

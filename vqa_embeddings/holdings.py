@@ -13,6 +13,7 @@ from vqa_embeddings.records import Failed
 from vqa_embeddings.run import Run
 from vqa_embeddings.shards import Corrupt, Segment, read_failures, read_segments
 from vqa_embeddings.table import Table
+from vqa_embeddings.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Holdings:
         return {failed.row: failed for path in telling for failed in read_failures(path) if wanted[failed.row]}
 
 
-def look(folder: Path, run: Run, table: Table, verify: bool = False) -> Holdings:
-    """Read what the folder holds: names and row numbers and, where asked, whether every segment's checksum holds."""
+def look(folder: Path, run: Run, table: Table, verify: Workers | None = None) -> Holdings:
+    """Read what the folder holds: names, row numbers and, given workers, whether every segment's checksum holds."""
     segments, corrupt = read_segments(folder, run, verify)
     parts, damaged = read_parts(folder, run, table)
     return Holdings(run, table, segments, parts, corrupt + damaged)

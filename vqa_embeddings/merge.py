@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from vqa_embeddings.parts import Part, PartJob, Source, part_path, recorded_hash
 from vqa_embeddings.records import Failed
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
 from vqa_embeddings.shards import Corrupt, checksum_path, find_damage
-from vqa_embeddings.table import read_rows, select
+from vqa_embeddings.table import Table, read_rows, select
+from vqa_embeddings.workers import Workers, start_workers
 
 MISSING_FILE = "missing.csv"
 FAILED_FILE = "failed.csv"
 COMPLETE, INCOMPLETE, SOME_FAILED = 0, 3, 4  # exit statuses
-JOBS_AHEAD = 32  # for each process that writes parts
 
 
 @dataclass(frozen=True)
@@ -87,24 +85,29 @@ def merge(options: MergeOptions) -> Outcome:
     Raises:
         Refused: the folder holds no run, or parts of another size.
     """
+    run = read_run(options.output_dir)
+    table = read_run_rows(options.output_dir, run)
+    with start_workers(options.jobs) as workers:
+        return _merge(options, run, table, workers)
+
+
+def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> Outcome:
     folder = options.output_dir
-    run = read_run(folder)
-    table = read_run_rows(folder, run)
-    holdings = look(folder, run, table, verify=True)
+    holdings = look(folder, run, table, verify=workers)
     _check_part_size(holdings.parts, options.part_size)
     known = recorded_hashes(folder)
-    holdings = _trusted_only(holdings, known, options.verify)
+    holdings = _trusted_only(holdings, known, workers if options.verify else None)
     _set_damaged_aside(folder, holdings.corrupt)
     coverage = holdings.coverage()
     plans = plan_parts(coverage, options.part_size, {part.number: part.rows for part in holdings.parts})
-    due = [plan for plan in plans if plan.action == WRITE]
-    written = {plan.number for plan in due}
-    _forget(folder, {part_path(folder, number).name for number in written} & known.keys())
-    _write((_job(options, holdings, coverage, plan) for plan in due), min(options.jobs, len(due)))
-    entries = [_entry(folder, coverage, plan, known, written) for plan in plans if plan.action in (KEEP, WRITE)]
-    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(due), 0)
+    to_write = [plan for plan in plans if plan.action == WRITE]
+    _forget(folder, {part_path(folder, plan.number).name for plan in to_write} & known.keys())
+    jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
+    hashes = known | {path.name: digest for path, digest in workers(write_part, jobs)}
+    entries = [_entry(folder, coverage, plan, hashes) for plan in plans if plan.action in (KEEP, WRITE)]
+    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
     _report(folder, holdings, outcome)
-    return replace(outcome, pruned=_prune(folder, holdings, coverage, entries)) if options.prune else outcome
+    return replace(outcome, pruned=_prune(folder, holdings, coverage, entries, workers)) if options.prune else outcome
 
 
 def _check_part_size(parts: Sequence[Part], size: int) -> None:
@@ -134,8 +137,14 @@ def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
             set_aside(checksum_path(damaged.path))
 
 
-def _trusted_only(holdings: Holdings, known: dict[str, str], verify: bool) -> Holdings:
-    """Without the parts that are to be made anew: damaged ones, and such as no merge has recorded."""
+def _trusted_only(holdings: Holdings, known: dict[str, str], verify: Workers | None) -> Holdings:
+    """Without the parts that are to be made anew: damaged ones, and such as no merge has recorded.
+
+    Args:
+        known: SHA-256 of each part by its file name, as the last merge recorded them.
+        verify: who hashes the parts to compare; with `None` they are taken as they are.
+    """
+    found = _hash_parts(holdings.parts, verify) if verify else known
     in_segments = np.zeros(len(holdings.table), bool)
     for segment in holdings.segments:
         in_segments[segment.rows] = True
@@ -145,11 +154,16 @@ def _trusted_only(holdings: Holdings, known: dict[str, str], verify: bool) -> Ho
         if part.path.name not in known:
             if not in_segments[part.rows].all():
                 trusted.append(part)
-        elif verify and sha256(part.path) != known[part.path.name]:
+        elif found[part.path.name] != known[part.path.name]:
             corrupt.append(Corrupt(part.path, "its SHA-256 is not the one that coverage.json recorded"))
         else:
             trusted.append(part)
     return Holdings(holdings.run, holdings.table, holdings.segments, trusted, corrupt)
+
+
+def _hash_parts(parts: Sequence[Part], workers: Workers) -> dict[str, str]:
+    names, hashes = [part.path.name for part in parts], workers(sha256, [part.path for part in parts])
+    return dict(zip(names, hashes, strict=True))
 
 
 def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: PartPlan) -> PartJob:
@@ -173,29 +187,14 @@ def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: Pa
     )
 
 
-def _write(jobs: Iterator[PartJob], processes: int) -> None:
-    """Write parts, a few jobs at a time: all of them together would hold the whole table once more."""
-    if processes <= 1:
-        for job in jobs:
-            write_part(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        while some := list(islice(jobs, JOBS_AHEAD * processes)):
-            list(pool.map(write_part, some))
-
-
-def _entry(
-    folder: Path, coverage: Coverage, plan: PartPlan, known: dict[str, str], written: set[int]
-) -> dict[str, Any]:
+def _entry(folder: Path, coverage: Coverage, plan: PartPlan, hashes: dict[str, str]) -> dict[str, Any]:
     path = part_path(folder, plan.number)
-    recorded = None if plan.number in written else known.get(path.name)
     return {
         "file": path.name,
         "first_row": plan.first + 1,
         "last_row": plan.last,
         "samples": int(coverage.extracted[plan.first : plan.last].sum()),
-        "sha256": recorded or sha256(path),
+        "sha256": hashes.get(path.name) or sha256(path),
     }
 
 
@@ -236,11 +235,14 @@ def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) 
     publish(folder / MISSING_FILE, lambda missing: publish(folder / FAILED_FILE, lambda failed: write(missing, failed)))
 
 
-def _prune(folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequence[dict[str, Any]]) -> int:
+def _prune(
+    folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequence[dict[str, Any]], workers: Workers
+) -> int:
     """Remove the segments all of whose rows lie in parts whose hash holds at this moment."""
     safe = np.zeros(len(coverage.extracted), bool)
-    for entry in entries:
-        if sha256(folder / entry["file"]) == entry["sha256"]:
+    hashes = workers(sha256, [folder / entry["file"] for entry in entries])
+    for entry, found in zip(entries, hashes, strict=True):
+        if found == entry["sha256"]:
             safe[entry["first_row"] - 1 : entry["last_row"]] = True
     safe &= coverage.extracted
     pruned = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import publish
-from vqa_embeddings.hdf5 import Groups, new_file
+from vqa_embeddings.files import publish, sha256
+from vqa_embeddings.hdf5 import Groups, new_file, new_memory_file
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
 from vqa_embeddings.shards import PIXEL_MEAN, VECTORS, Corrupt, read_records
@@ -22,6 +22,7 @@ from vqa_embeddings.table import Table
 
 PART_NAME = "phi4_multimodal_embeddings_part_{:03d}.h5"
 PART_PATTERN = re.compile(r"phi4_multimodal_embeddings_part_(\d{3,})\.h5")
+TEXTS = ("image_id", "question", "ground_truth_answer", "answer")
 GZIP_LEVEL = 4  # h5py's default, which the published files were written with
 
 
@@ -93,13 +94,14 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     return sorted(parts, key=lambda part: part.number), corrupt
 
 
-def write_part(job: PartJob) -> None:
-    """Write one part, or replace it, atomically."""
+def write_part(job: PartJob) -> tuple[Path, str]:
+    """Write one part, or replace it, atomically. Returns where it lies, and its SHA-256 in hex."""
     records = [record for s in job.sources for record in read_records(s.path, s.positions, job.run.pixel_mean)]
     if job.old_rows:
         records += _read_old(job)
     records.sort(key=lambda record: record.row)
     publish(job.path, lambda temporary: _write(temporary, job, records))
+    return job.path, sha256(job.path)
 
 
 def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
@@ -127,51 +129,73 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
         }
         for name, value in attributes.items():
             file.attrs[name] = value
-        writer = _GroupWriter(job.compression)
-        for record in records:
-            _write_record(writer, file.id, record, job)
+        if records:
+            _write_rows(file.id, job, records)
 
 
-def _write_record(writer: _GroupWriter, root: h5g.GroupID, record: Extracted, job: PartJob) -> None:
-    table, index = job.rows, record.row - job.first
-    group = writer.new(root, table.ids[index])
-    writer.text(group, "image_id", table.images[index])
-    writer.text(group, "question", table.questions[index])
-    writer.text(group, "ground_truth_answer", table.truths[index])
-    writer.text(group, "answer", record.answer)
-    writer.vector(group, VECTORS[0], record.vision_only)
-    if job.run.pixel_mean:
-        writer.vector(group, PIXEL_MEAN, record.pixel_mean)
-    for name, vectors in zip(VECTORS[1:], (record.vision_token, record.query_token), strict=True):
-        subgroup = writer.new(group, name)
-        for layer, vector in zip(job.run.layers, vectors, strict=True):
-            writer.vector(subgroup, f"layer_{layer}", vector)
+def _write_rows(root: h5g.GroupID, job: PartJob, records: Sequence[Extracted]) -> None:
+    table = job.rows
+    group = _RowGroup(records[0], job.run, job.compression)
+    for record in records:
+        index = record.row - job.first
+        group.fill((table.images[index], table.questions[index], table.truths[index], record.answer), record)
+        group.copy(root, table.ids[index])
 
 
-class _GroupWriter(Groups):
-    """HDF5's low-level interface: twice as fast as the high-level one for files of so many small objects."""
+class _RowGroup:
+    """The group of one row, in memory: filled with the values of one row after another, and copied into the part.
 
-    def __init__(self, compression: str) -> None:
-        self._text_type = h5t.py_create(h5py.string_dtype("utf-8"), logical=True)
-        self._scalar = h5s.create(h5s.SCALAR)
-        super().__init__()
-        self._datasets = h5p.create(h5p.DATASET_CREATE)
-        self._datasets.set_obj_track_times(False)
-        self._gzip = compression == "gzip"
+    Filling and copying it takes half the time that making its eighteen objects one by one takes.
+    """
 
-    def text(self, group: h5g.GroupID, name: str, value: str) -> None:
-        dataset = h5d.create(group, name.encode(), self._text_type, self._scalar, self._datasets)
-        dataset.write(h5s.ALL, h5s.ALL, np.array(value.encode(), dtype=object))
+    def __init__(self, example: Extracted, run: Run, compression: str) -> None:
+        self._run = run
+        self._groups = Groups()
+        self._file = new_memory_file()
+        self._group = self._groups.new(self._file.id, "row")
+        for name in VECTORS[1:]:
+            self._groups.new(self._group, name)
+        self._creation = h5p.create(h5p.DATASET_CREATE)
+        self._creation.set_obj_track_times(False)
+        self._texts = [self._new_text(name) for name in TEXTS]
+        self._vectors = [
+            (self._new_vector(name, len(values), compression == "gzip"), len(values))
+            for name, values in _vectors(example, run)
+        ]
 
-    def vector(self, group: h5g.GroupID, name: str, values: np.ndarray) -> None:
-        creation = self._datasets
-        if self._gzip:
-            creation = creation.copy()
-            creation.set_chunk(values.shape)
+    def fill(self, texts: Sequence[str], record: Extracted) -> None:
+        """Give the group the values of a row, its texts in the order of `TEXTS`."""
+        for dataset, text in zip(self._texts, texts, strict=True):
+            dataset.write(h5s.ALL, h5s.ALL, np.array(text.encode(), object), h5t.PYTHON_OBJECT)
+        for (dataset, size), (name, values) in zip(self._vectors, _vectors(record, self._run), strict=True):
+            if values.shape != (size,):  # the low-level interface would read what lies behind a shorter one
+                raise ValueError(f"row {record.row} has a {name} of shape {values.shape}, expected ({size},)")
+            dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(values, np.float32), h5t.NATIVE_FLOAT)
+
+    def copy(self, root: h5g.GroupID, name: str) -> None:
+        """Put the group as it is into a part, under this name."""
+        self._groups.copy(self._group, root, name)
+
+    def _new_text(self, name: str) -> h5d.DatasetID:
+        kind = h5t.py_create(h5py.string_dtype("utf-8"), logical=True)
+        return h5d.create(self._group, name.encode(), kind, h5s.create(h5s.SCALAR), self._creation)
+
+    def _new_vector(self, name: str, size: int, gzip: bool) -> h5d.DatasetID:
+        creation = self._creation.copy()
+        if gzip:
+            creation.set_chunk((size,))
             creation.set_deflate(GZIP_LEVEL)
-        space = h5s.create_simple(values.shape)
-        dataset = h5d.create(group, name.encode(), h5t.IEEE_F32LE, space, creation)
-        dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(values, np.float32))
+        return h5d.create(self._group, name.encode(), h5t.IEEE_F32LE, h5s.create_simple((size,)), creation)
+
+
+def _vectors(record: Extracted, run: Run) -> Iterator[tuple[str, np.ndarray]]:
+    """The vectors of a row, each float32 `[n]`, by their names in its group."""
+    yield VECTORS[0], record.vision_only
+    if run.pixel_mean:
+        yield PIXEL_MEAN, record.pixel_mean
+    for name, states in zip(VECTORS[1:], (record.vision_token, record.query_token), strict=True):
+        for layer, values in zip(run.layers, states, strict=True):
+            yield f"{name}/layer_{layer}", values
 
 
 def _read_part(path: Path, number: int, run: Run, table: Table, recorded: bool) -> Part:

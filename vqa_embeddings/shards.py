@@ -23,6 +23,7 @@ from vqa_embeddings.hdf5 import Groups, new_file
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import SHARDS_FOLDER, Run
 from vqa_embeddings.table import Table
+from vqa_embeddings.workers import Workers
 
 SEGMENTS = f"{SHARDS_FOLDER}/*/*.h5"
 CHECKSUM = ".sha256"
@@ -129,16 +130,17 @@ def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, t
     publish(path, write)
 
 
-def read_segments(folder: Path, run: Run, verify: bool) -> tuple[list[Segment], list[Corrupt]]:
+def read_segments(folder: Path, run: Run, verify: Workers | None) -> tuple[list[Segment], list[Corrupt]]:
     """The committed segments below the output folder, in the order of their names, and those that cannot be used.
 
     Args:
-        verify: hash every file and compare; otherwise its row numbers are read, and its checksum has to be there.
+        verify: who hashes every file to compare; without, its row numbers are read, and its checksum has to be there.
     """
     segments: list[Segment] = []
     corrupt: list[Corrupt] = []
-    for path in sorted(folder.glob(SEGMENTS)):
-        reason = find_damage(path) if verify else None if checksum_path(path).exists() else "its checksum is not there"
+    paths = sorted(folder.glob(SEGMENTS))
+    reasons = verify(find_damage, paths) if verify else map(_find_no_checksum, paths)
+    for path, reason in zip(paths, reasons, strict=True):
         try:
             if reason is None:
                 segments.append(_read_index(path, run))
@@ -166,21 +168,20 @@ def find_damage(path: Path) -> str | None:
     return None if found == expected else f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…"
 
 
+def _find_no_checksum(path: Path) -> str | None:
+    return None if checksum_path(path).exists() else "its checksum is not there"
+
+
 def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list[Extracted]:
-    """The records at these positions of a segment's extracted rows."""
-    wanted = np.asarray(positions, np.int64)
-    lowest, highest = int(wanted.min()), int(wanted.max()) + 1
+    """The records at these positions of a segment's extracted rows; their vectors are views of what was read."""
+    lowest, highest = min(positions), max(positions) + 1
     with h5py.File(path, "r") as file:
-
-        def column(name: str) -> np.ndarray:
-            return np.asarray(file[name][lowest:highest])[wanted - lowest]
-
-        rows, answers = column("row"), column("answer")
-        vectors = [column(name) for name in VECTORS]
-        means = column(PIXEL_MEAN) if pixel_mean else np.zeros((len(wanted), 0), np.float32)
+        rows, answers, *vectors = (file[name][lowest:highest] for name in ("row", "answer", *VECTORS))
+        means = file[PIXEL_MEAN][lowest:highest] if pixel_mean else np.zeros((len(rows), 0), np.float32)
+    vision_only, vision_token, query_token = vectors
     return [
-        Extracted(int(rows[i]), vectors[0][i], vectors[1][i], vectors[2][i], means[i], answers[i].decode())
-        for i in range(len(wanted))
+        Extracted(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode())
+        for i in (position - lowest for position in positions)
     ]
 
 
