@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,12 @@ def sha256(path: Path) -> str:
         while size := stream.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
+
+
+def sync_and_hash(path: Path) -> str:
+    """`sync` and `sha256` of a file that has just been written, the one while the other waits for the disk."""
+    with ThreadPoolExecutor(1) as disk:
+        synced = disk.submit(sync, path)
+        digest = sha256(path)
+        synced.result()  # raises what the disk has to say
+    return digest

@@ -13,7 +13,7 @@ import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import publish, sha256
+from vqa_embeddings.files import publish, sync_and_hash
 from vqa_embeddings.hdf5 import Groups, new_file, new_memory_file
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
@@ -100,8 +100,15 @@ def write_part(job: PartJob) -> tuple[Path, str]:
     if job.old_rows:
         records += _read_old(job)
     records.sort(key=lambda record: record.row)
-    publish(job.path, lambda temporary: _write(temporary, job, records))
-    return job.path, sha256(job.path)
+    digest = ""
+
+    def write(temporary: Path) -> None:
+        nonlocal digest
+        _write(temporary, job, records)
+        digest = sync_and_hash(temporary)
+
+    publish(job.path, write)
+    return job.path, digest
 
 
 def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
