@@ -122,23 +122,6 @@ def test_a_part_does_not_depend_on_who_computed_its_rows(out):
         assert (out / PART.format(number)).read_bytes() == (other / PART.format(number)).read_bytes()
 
 
-def test_all_parts_are_written_however_many_jobs_there_are_at_once(out, monkeypatch):
-    commit(out, [record(row) for row in range(ROWS)])
-    made: list[int] = []
-    monkeypatch.setattr(merging, "JOBS_AHEAD", 1)
-    monkeypatch.setattr(merging, "_job", lambda *given, job=merging._job: made.append(given[-1].number) or job(*given))
-    jobs = merging._write
-
-    def write(some, processes):
-        assert not made, "the jobs of all parts at once would hold the table once more"
-        jobs(some, processes)
-
-    monkeypatch.setattr(merging, "_write", write)
-    merging.merge(parse_merge(None, ["--output-dir", str(out), "--part-size", str(PART_SIZE), "--jobs", "2"]))
-    assert made == [1, 2, 3, 4, 5]
-    assert_right(out, set(range(ROWS)))
-
-
 def test_parts_come_when_their_rows_are_accounted_for(out):
     commit(out, [record(row) for row in range(7)])
     assert merge(out, "--part-size", PART_SIZE).returncode == 3

@@ -9,7 +9,7 @@ import numpy as np
 
 UNIT_ROWS = 250  # of neighbouring pictures, dealt together: the 1000 rows of a part then lie in about five segments
 SHARE_UNITS = 256  # that a share has at least, so that it has no more than its part: small tables go by the picture
-PICTURE_COST = 3.0  # what a picture costs once, in units of one question: vision tower and prefix against ~100 tokens
+PICTURE_COST = 10.0  # what a picture costs once, in units of one question and its answer: see tests/benchmarks
 
 
 def split(pictures: np.ndarray, wanted: np.ndarray, shares: int) -> np.ndarray:
