@@ -108,20 +108,29 @@ def test_steps_by_captured_graphs_choose_the_same_tokens(model, by_picture, expe
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch):
-    """As a GPU would: wherever more than three rows are computed together, also in the middle of their answers."""
+    """As a GPU would: while seeing a picture, and wherever more than three rows are computed together."""
     failures = []
     read_rows = model.decoder.read_rows
 
     def too_many(cache, company, pages, first, tokens, *rest):
-        if len(tokens) > 3 and (tokens.shape[1] == 1 or failures):
+        if len(tokens) > 3 and (tokens.shape[1] == 1 or len(failures) > 1):
             failures.append(len(tokens))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read_rows(cache, company, pages, first, tokens, *rest)
 
+    seen = model.pictures
+
+    def too_many_seen(pixels):
+        if not failures:
+            failures.append(0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return seen(pixels)
+
     monkeypatch.setattr(model.decoder, "read_rows", too_many)
-    for row, found in ask_rows(model, list(by_picture.items()), 16):
+    monkeypatch.setattr(model, "pictures", too_many_seen)
+    for row, found in ask_rows(model, list(by_picture.items()), 32):
         assert_equals(model, found, expected[row["question_id"]])
-    assert len(failures) >= 2
+    assert len(failures) >= 3
 
 
 def test_running_out_of_memory_with_one_row_ends_the_run(model, by_picture, monkeypatch):
@@ -171,7 +180,7 @@ def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larg
     """Pages for one picture at a time, of the smaller ones."""
     sizes = []
 
-    def scant(device, key_bytes, width, keys, seats):
+    def scant(device, key_bytes, width, keys, seats, share):
         sizes.append(CacheSize(max(9, -(-keys // PAGE)), 8, width))
         return sizes[-1]
 

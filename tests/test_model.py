@@ -191,7 +191,7 @@ def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
     try:
         weight[image_token] = 10 * torch.from_numpy(found.query_token[-1])  # it would win the first step by far
         ask(model, [(picture, ["Why?"])])
-        monkeypatch.setattr(model.decoder, "never", [])
+        monkeypatch.setattr(model.decoder, "never", torch.empty(0, dtype=torch.int64))
         ask(model, [(picture, ["Why?"])])
     finally:
         weight[image_token] = before

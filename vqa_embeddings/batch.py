@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.cache import PAGE, CacheSize, Prefix, arrange
-from vqa_embeddings.compute import free_memory
+from vqa_embeddings.compute import free_memory, send
 from vqa_embeddings.decoder import Decoder
 from vqa_embeddings.steps import Step, Steps
 
@@ -24,15 +24,18 @@ SEATS_SHARE, PAGES_SHARE = {"cuda": 0.2, "cpu": 0.05}, {"cuda": 0.5, "cpu": 0.15
 PICTURE_PAGES = 48  # of the largest picture, about; more than so many for each seat are not used
 
 
-def size_cache(device: torch.device, key_bytes: int, width: int, keys: int, seats: int | None) -> CacheSize:
+def size_cache(
+    device: torch.device, key_bytes: int, width: int, keys: int, seats: int | None, share: float = 1.0
+) -> CacheSize:
     """How large a cache to make: from the device's free memory, unless the seats are given.
 
     Args:
         key_bytes: memory of one token's keys and values.
         width: keys of a row's own that a seat must have room for.
         keys: of the largest picture that must fit.
+        share: of what is usually taken; less after that was too much.
     """
-    free, kind = free_memory(device), device.type
+    free, kind = share * free_memory(device), device.type
     width = -(-width // WIDTH_STEP) * WIDTH_STEP
     fitting = int(free * SEATS_SHARE[kind]) // (width * key_bytes)
     seats = seats or max(1, min(fitting, MOST_SEATS[kind]))
@@ -111,26 +114,27 @@ class Batch:
     def _read_questions(self, rows: Sequence[Seated], first: int) -> None:
         """One pass over the questions of rows, or several over parts of it where one question is very long."""
         device = self._decoder.device
-        company, pages = arrange([row.prefix for row in rows], None)
-        company, longest = company.to(device), max(len(row.tokens) for row in rows)
+        company, pages = arrange([row.prefix for row in rows])
+        company, where = company.to(device), send(torch.tensor(pages), device)
+        longest = max(len(row.tokens) for row in rows)
         limit = longest if len(rows) > 1 else max(1, SCORES_AT_ONCE // _scores(rows, self._decoder.heads, 1))
         for start in range(0, longest, limit):
             part = [row.tokens[start : start + limit] for row in rows]
             length = max(map(len, part))
-            tokens = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in part], device=device)
+            tokens = send(torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in part]), device)
             starts = torch.full((len(rows),), start, device=device)
-            ends = torch.tensor([len(tokens) - 1 for tokens in part], device=device)
+            ends = send(torch.tensor([len(tokens) - 1 for tokens in part]), device)
             width = self._width(start + length)
-            logits, states = self._decoder.read_rows(
-                self._cache, company, torch.tensor(pages, device=device), first, tokens, starts, ends, width
-            )
+            logits, states = self._decoder.read_rows(self._cache, company, where, first, tokens, starts, ends, width)
         for row, token, state in zip(rows, logits.argmax(dim=-1).tolist(), states.cpu().numpy(), strict=True):
             row.kept, row.newest, row.states = len(row.tokens), token, state
 
     def _arrange(self) -> Step:
         """What a step computes on, from the rows as they sit now."""
         grown: Callable[[int], int] = _power_of_two if self._steps.captures else int
-        pages = min(grown(1 + max(page for row in self.rows for page in row.prefix.pages)), self.size.pages)
+        used = 1 + max(page for row in self.rows for page in row.prefix.pages)
+        step = max(1, grown(used) // 8) if self._steps.captures else 1  # finer: all these pages are read at every step
+        pages = min(-(-used // step) * step, self.size.pages)
         count = min(grown(len(self.rows)), self.size.seats)
         company, _ = arrange([row.prefix for row in self.rows], pages, count, grown)
         state = torch.zeros(2, count, dtype=torch.int64)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqa_embeddings.compute import send
+
 PAGE = 128  # keys of a page
 
 
@@ -121,7 +123,7 @@ class Company:
 
     def to(self, device: torch.device) -> Company:
         """The same on another device."""
-        return Company(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Company(*(send(getattr(self, field.name), device) for field in fields(self)))
 
     def clone(self) -> Company:
         """A copy in memory of its own."""

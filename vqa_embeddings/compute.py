@@ -96,11 +96,17 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device, without waiting for what that is doing. On the CPU it is the tensor itself."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def free_memory(device: torch.device) -> int:
     """Memory that is free for this process on its device, bytes."""
     import torch
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was freed and is still held counts as free
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

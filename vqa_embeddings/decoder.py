@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vqa_embeddings.attention import attend, attend_some, gather, join
 from vqa_embeddings.cache import Cache, CacheSize, Company
+from vqa_embeddings.compute import send
 
 
 class Decoder:
@@ -26,7 +27,7 @@ class Decoder:
         config = model.config
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.never = list(never)
+        self.never = torch.tensor(never, dtype=torch.int64, device=self.device)
         self.embed = model.model.embed_tokens
         self.rotary = RowRotary(model.model.rotary_emb).to(self.device)
         self._layers = list(model.model.layers)
@@ -57,8 +58,8 @@ class Decoder:
         """
         length = len(embeddings)
         positions = torch.arange(length, device=self.device)[None]
-        angles = self.rotary(embeddings, positions, torch.tensor([long], device=self.device))
-        where = torch.tensor(pages, device=self.device)
+        angles = self.rotary(embeddings, positions, torch.full((1,), long, device=self.device))
+        where = send(torch.tensor(pages), self.device)
         hidden, states = embeddings[None], []
         for index, layer in enumerate(self._layers):
             queries, keys, values = self._project(layer, hidden, angles)
@@ -110,7 +111,7 @@ class Decoder:
             if index in self._kept:
                 states.append((self._norm(hidden) if last else hidden)[rows, ends])
         logits = self._head(self._norm(hidden[:, 0])).float()
-        logits[:, self.never] = -torch.inf
+        logits.index_fill_(1, self.never, -torch.inf)
         return logits, torch.stack(states, dim=1).float()
 
     def _attend(

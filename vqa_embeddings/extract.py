@@ -109,7 +109,9 @@ class Flight:
         self._questions = questions
         self._pictures: Iterator[tuple[list[int], Pixels | RowFailed]] | None = pictures
         self._seats = batch_size
+        self._share = 1.0  # of the memory that a batch usually takes
         self._stages = stages
+        self._taken: list[tuple[list[int], Pixels]] = []  # that the vision tower is to see next
         self._waiting: deque[_Row] = deque()  # their pictures seen, in the order in which they sit down
         self._ready: list[_Row] = []  # the first of them, their pictures in the cache too
         self._seated: list[_Row] = []
@@ -124,11 +126,15 @@ class Flight:
     @property
     def over(self) -> bool:
         """Whether there is nothing left to do."""
-        return not (self._seated or self._ready or self._waiting or self._pictures)
+        return not (self._seated or self._to_come)
+
+    @property
+    def _to_come(self) -> bool:
+        return bool(self._ready or self._waiting or self._taken or self._pictures)
 
     @torch.inference_mode()
     def advance(self, begin: bool = True) -> list[Record]:
-        """Do one unit of work: see pictures, read one into the cache, seat rows, or take one step with all of them.
+        """Do one unit of work: take pictures, see them, read one into the cache, seat rows, or take one step with all.
 
         Args:
             begin: whether further rows may be begun.
@@ -145,7 +151,7 @@ class Flight:
 
     def _wants_rows(self) -> bool:
         """Rows sit down many at a time: a GPU takes as long for a few questions as for many."""
-        if not (self._ready or self._waiting or self._pictures):
+        if not self._to_come:
             return False
         free, seats = self._batch.free, self._batch.size.seats
         self._filling = not self._seated or (free > 0 if self._filling else free >= max(1, seats // 4))
@@ -154,8 +160,10 @@ class Flight:
     def _refill(self) -> list[Record]:
         """The next unit of work on the way to a full batch."""
         free = self._batch.free - len(self._ready)
+        if self._taken:
+            return self._see()
         if free and not self._waiting and self._pictures:
-            return self._see(free)
+            return self._take_pictures(free)
         if free and self._waiting and self._make_ready(self._waiting[0]):
             self._ready.append(self._waiting.popleft())
             return []
@@ -167,13 +175,13 @@ class Flight:
         self._lay_out_anew()
         return []
 
-    def _see(self, free: int) -> list[Record]:
-        """Run the vision tower over the next pictures, as many as the free seats and the device have room for."""
+    def _take_pictures(self, free: int) -> list[Record]:
+        """Take the next pictures, as many as the free seats and one pass of the vision tower have room for."""
         assert self._pictures is not None
         records: list[Record] = []
-        seen: list[tuple[list[int], Pixels]] = []
-        patches, limit = 0, PATCHES_AT_ONCE[self._model.decoder.device.type]
-        while sum(len(rows) for rows, _ in seen) < free and patches < limit:
+        limit = PATCHES_AT_ONCE[self._model.decoder.device.type]
+        patches = 0
+        while sum(len(rows) for rows, _ in self._taken) < free and patches < limit:
             with self._stages("waiting for pictures"):
                 found = next(self._pictures, None)
             if found is None:
@@ -183,13 +191,16 @@ class Flight:
             if isinstance(pixels, RowFailed):
                 records += [_failed(row, pixels) for row in rows]
             else:
-                seen.append((rows, pixels))
+                self._taken.append((rows, pixels))
                 patches += pixels.patches
-        if not seen:
-            return records
+        return records
+
+    def _see(self) -> list[Record]:
+        """Run the vision tower over the pictures that were taken. Returns the rows whose prompt is too long."""
         with self._stages("vision"):
-            pictures = self._model.pictures([pixels for _, pixels in seen])
-        for (rows, _), picture in zip(seen, pictures, strict=True):
+            pictures = self._model.pictures([pixels for _, pixels in self._taken])
+        records: list[Record] = []
+        for (rows, _), picture in zip(self._taken, pictures, strict=True):
             shown = _Shown(picture)
             for row in rows:
                 question = self._model.question(self._questions[row])
@@ -200,6 +211,7 @@ class Flight:
                     continue
                 shown.left[long] += 1
                 self._waiting.append(_Row(row, shown, question, long))
+        self._taken = []
         return records
 
     def _make_ready(self, row: _Row) -> bool:
@@ -286,7 +298,7 @@ class Flight:
         """A batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
         decoder = self._model.decoder
         width = max(width, USUAL_QUESTION + self._model.max_new_tokens)
-        return Batch(decoder, size_cache(decoder.device, decoder.key_bytes, width, keys, self._seats))
+        return Batch(decoder, size_cache(decoder.device, decoder.key_bytes, width, keys, self._seats, self._share))
 
     def _lay_out_anew(self) -> None:
         """The next row, or its picture, is too large for a batch that is empty: make one that has room for it."""
@@ -295,8 +307,8 @@ class Flight:
         self._batch = self._new_batch(self._width(row), len(row.shown.picture.embeddings))
 
     def _halve(self) -> None:
-        """After running out of memory: half the seats, and those who sat begin again where they are."""
-        self._seats = self._batch.size.seats // 2
+        """After running out of memory: half the batch, and those who sat begin again where they are."""
+        self._seats, self._share = self._batch.size.seats // 2, self._share / 2
         self._waiting.extendleft(reversed(self._seated + self._ready))
         self._seated, self._ready = [], []
         self._empty()

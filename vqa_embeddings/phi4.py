@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vqa_embeddings.checkpoint import kept_layers
+from vqa_embeddings.compute import send
 from vqa_embeddings.decoder import Decoder
 from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
 from vqa_embeddings.vision import Pixels, Vision
@@ -93,7 +94,7 @@ class Phi4:
     def pictures(self, pixels: Sequence[Pixels]) -> list[Picture]:
         """Run SigLIP and the projector over pictures, together; each comes to what it comes to alone."""
         place = self._head.index(self._image_token)
-        around = self.decoder.embed(torch.tensor(self._head, device=self.decoder.device))
+        around = self.decoder.embed(send(torch.tensor(self._head), self.decoder.device))
         made = []
         for picture, seen in zip(pixels, self.vision(pixels), strict=True):
             embeddings = torch.cat([around[:place], seen.tokens.to(around.dtype), around[place + 1 :]])

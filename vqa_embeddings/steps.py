@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.cache import Company
+from vqa_embeddings.compute import send
 
 PASSES_BEFORE_CAPTURE = 2  # of one shape: a rare one is not worth a graph, and what a library sets up must be there
 
@@ -28,7 +29,7 @@ class Step:
 
     def to(self, device: torch.device) -> Step:
         """The same on another device."""
-        return Step(self.company.to(device), self.newest.to(device), self.kept.to(device))
+        return Step(self.company.to(device), send(self.newest, device), send(self.kept, device))
 
     def clone(self) -> Step:
         """A copy in memory of its own."""

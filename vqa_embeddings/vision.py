@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_embeddings.attention import attend
+from vqa_embeddings.compute import send
 from vqa_embeddings.errors import Refused
 
 # How many patches go through SigLIP at once: a GPU wants many; a CPU wants its intermediate results in the cache.
@@ -62,6 +63,8 @@ class Vision:
         self._layers = layers[: read if read >= 0 else len(layers) + 1 + read]
         self._embeddings = tower.embeddings
         self._embed = image_embed
+        self._device: torch.device = image_embed.img_projection_up.weight.device
+        self._dtype: torch.dtype = tower.embeddings.patch_embedding.weight.dtype
         self._heads: int = config.num_attention_heads
         self._crop: int = config.crop_size
         self._side: int = config.image_size // config.patch_size
@@ -75,7 +78,7 @@ class Vision:
 
     def __call__(self, pictures: Sequence[Pixels]) -> list[Seen]:
         """Run SigLIP and the projector over pictures, together. Each comes to what it comes to alone."""
-        device = self._embed.img_projection_up.weight.device
+        device = self._device
         masks = [picture.mask.bool() for picture in pictures]
         needed = [needed_patches(mask) for mask in masks]
         features = self._features(torch.cat([p.crops for p in pictures]), torch.cat(masks), torch.cat(needed))
@@ -83,19 +86,18 @@ class Vision:
         for picture, mask, need in zip(pictures, masks, needed, strict=True):
             own = features[start : (start := start + int(need.sum()))]
             place = torch.cumsum(need.flatten(), 0).view(need.shape) - 1  # of each patch among the picture's own
-            mean = own[place[mask].to(device)].float().mean(dim=0)
+            mean = own[send(place[mask], device)].float().mean(dim=0)
             seen.append(Seen(self._project(own, place, mask, picture.size), mean))
         return seen
 
     def _features(self, crops: Tensor, masks: Tensor, needed: Tensor) -> Tensor:
         """Patch features that the projector reads, [needed patches, vision]: crop after crop, in reading order."""
-        weight = self._embeddings.patch_embedding.weight
-        limit = max(1, PATCHES_AT_ONCE[weight.device.type] // self._side**2)
+        limit = max(1, PATCHES_AT_ONCE[self._device.type] // self._side**2)
         made = []
         for first in range(0, len(crops), limit):
             chunk = slice(first, first + limit)
-            pixels, mask = crops[chunk].to(weight.device, weight.dtype), masks[chunk].to(weight.device)
-            embedded = self._embeddings(pixel_values=pixels, patch_attention_mask=mask)
+            pixels, mask = send(crops[chunk], self._device), send(masks[chunk], self._device)
+            embedded = self._embeddings(pixel_values=pixels.to(self._dtype), patch_attention_mask=mask)
             made.append(self._encode(embedded.flatten(0, 1), masks[chunk].flatten(1), needed[chunk].flatten(1)))
         return torch.cat(made)
 
@@ -106,12 +108,12 @@ class Vision:
             mask, needed: bool [crops, patches]; what is needed holds what is unmasked.
         """
         order, groups = _arrange(mask, needed)
-        hidden = embedded[order.to(embedded.device)]
+        hidden = embedded[send(order, self._device)]
         for layer in self._layers:
             hidden = self._attention(layer.self_attn, layer.layer_norm1(hidden), groups).add_(hidden)
             hidden = layer.mlp(layer.layer_norm2(hidden)).add_(hidden)
         back = torch.argsort(order)  # the needed patches in reading order
-        return hidden[back.to(hidden.device)]
+        return hidden[send(back, self._device)]
 
     def _attention(self, module: Any, hidden: Tensor, groups: Sequence[tuple[int, int, int]]) -> Tensor:
         queries, keys, values = module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)
@@ -151,10 +153,11 @@ class Vision:
         line_end, view_end = len(pooled), len(pooled) + 1
         views = torch.arange(count).view(read.shape[:2]), torch.arange(count, line_end).view(half, half)
         lines = [torch.cat([view, torch.full((len(view), 1), line_end)], dim=1).flatten() for view in views]
-        order = torch.cat([lines[0], torch.tensor([view_end]), lines[1]]).to(features.device)
+        order = torch.cat([lines[0], torch.tensor([view_end]), lines[1]])
         module = self._embed
         separators = [module.sub_img_feature_extensor.view(1, -1), module.global_img_feature_extensor.view(1, -1)]
-        laid = torch.cat([features[pooled.to(features.device)].mean(dim=1), *separators])[order]
+        cell_means = features[send(pooled, self._device)].mean(dim=1)
+        laid = torch.cat([cell_means, *separators])[send(order, self._device)]
         return module.img_projection_down(nn.functional.gelu(module.img_projection_up(laid)))
 
 
