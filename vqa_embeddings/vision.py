@@ -73,8 +73,6 @@ class Vision:
         # What is not read need not stay in memory.
         tower.encoder.layers = nn.ModuleList(self._layers)
         tower.head = tower.post_layernorm = nn.Identity()
-        for layer in self._layers:
-            layer.self_attn.is_causal = False
 
     def __call__(self, pictures: Sequence[Pixels]) -> list[Seen]:
         """Run SigLIP and the projector over pictures, together. Each comes to what it comes to alone."""
