@@ -128,7 +128,7 @@ def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, e
     engine = load(checkpoint, lora, dtype=dtype, tokens=1)
     for image_id in ("coffee.jpg", "astronaut.jpg"):
         rows = [row for row in table_rows() if row["image_id"] == image_id]
-        found = ask(engine, open_picture(DATA / image_id), [row["question"] for row in rows])
+        found = ask(engine, [(open_picture(DATA / image_id), [row["question"] for row in rows])])
         for row, answer in zip(rows, found, strict=True):
             wanted = expected[row["question_id"]]
             assert cosine(answer.vision_only, wanted.vision_only) > COSINE
@@ -406,6 +406,6 @@ def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(
     prefixed = {name.replace("model.layers", "base_model.model.layers"): t for name, t in tensors.items()}
     save_file(prefixed, adapter / "adapter_model.safetensors")
     picture, question = open_picture(DATA / "cat.jpg"), ["Why?"]
-    [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), picture, question) for folder in (copy, checkpoint))
+    [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), [(picture, question)]) for folder in (copy, checkpoint))
     assert found.answer == wanted.answer
     assert np.array_equal(found.query_token, wanted.query_token)

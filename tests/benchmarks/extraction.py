@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -148,6 +149,7 @@ def _measure(
         as_published.append(statistics.median(each))
         as_here.append((more_seconds - seconds) / (len(large) - len(small)))
         ratios.append(as_published[-1] / as_here[-1])
+        print(f"{case}: {ratios[-1]:.1f} times as fast as published", file=sys.stderr, flush=True)
     work = _work(engine, published.model.config, large, folder)
     per_row = work.total / len(large)
     return {
