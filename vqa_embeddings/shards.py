@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -65,6 +65,7 @@ class ShardWriter:
         self._token = secrets.token_hex(3)  # two copies of the same rank never meet in a name
         self._number = 0
         self._pending: list[Extracted | Failed] = []
+        self._filling, self._spare = _Memory(), _Memory()  # for what is pending, and for what is being written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="segments")
         self._behind: tuple[Future[None], list[Extracted | Failed]] | None = None
         self.committed = 0
@@ -84,7 +85,8 @@ class ShardWriter:
     def add(self, records: Iterable[Extracted | Failed]) -> None:
         """Take records over, and begin to commit whenever there are enough for a segment."""
         for record in records:
-            self._pending.append(record)
+            kept = self._filling.keep(len(self._pending), record) if isinstance(record, Extracted) else record
+            self._pending.append(kept)
             if len(self._pending) == self._interval:
                 self._begin_commit()
 
@@ -100,6 +102,7 @@ class ShardWriter:
         self._number += 1
         path, records = self._folder / f"{self._number:05d}-{self._token}.h5", self._pending
         self._pending = []
+        self._filling, self._spare = self._spare, self._filling  # free again: what was in it has been written
         self._behind = self._writer.submit(self._write, path, records), records
 
     def _write(self, path: Path, records: list[Extracted | Failed]) -> None:
@@ -113,6 +116,31 @@ class ShardWriter:
         written.result()
         self.committed += len(records)
         self.failed += sum(isinstance(record, Failed) for record in records)
+
+
+class _Memory:
+    """Room for the vectors of a segment's rows, allocated once and used again.
+
+    Where they were made, each small array would hold on to its place among the model's large ones, and the process
+    would grow for thousands of rows.
+    """
+
+    BLOCK = 1000  # rows
+    VECTORS = ("vision_only", "vision_token", "query_token", "pixel_mean")
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[np.ndarray, ...]] = []
+
+    def keep(self, place: int, record: Extracted) -> Extracted:
+        """The same record, its vectors copied to this place."""
+        vectors = [getattr(record, name) for name in self.VECTORS]
+        block, index = divmod(place, self.BLOCK)
+        if block == len(self._blocks):
+            self._blocks.append(tuple(np.empty((self.BLOCK, *vector.shape), np.float32) for vector in vectors))
+        rooms = self._blocks[block]
+        for room, vector in zip(rooms, vectors, strict=True):
+            room[index] = vector
+        return replace(record, **{name: room[index] for name, room in zip(self.VECTORS, rooms, strict=True)})
 
 
 def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, table: Table) -> None:
