@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import planning
+from benchmarks.runs import random_run
 
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.extract import _by_picture
 from vqa_embeddings.run import claim_run, keep_rows
 from vqa_embeddings.table import Table
 
-RUN = planning._run(3, "0" * 64)
+RUN = random_run(3, "0" * 64, [0, 1], 8, 8)
 
 
 def never(path: Path) -> None:

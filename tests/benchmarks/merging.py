@@ -23,10 +23,11 @@ from unittest import mock
 import h5py
 import numpy as np
 
+from tests.benchmarks.runs import random_run
 from vqa_embeddings import merge, parts, shards
 from vqa_embeddings.options import parse_merge
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.run import COVERAGE_FILE, Run, check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.run import COVERAGE_FILE, check_run, claim_run, read_run, read_run_rows
 from vqa_embeddings.shards import ShardWriter
 from vqa_embeddings.table import Table, read_table
 
@@ -123,7 +124,8 @@ def _make_output(folder: Path, rows: int) -> Path:
         for row in range(rows)
     ]
     source.write_text("\n".join(["question_id,image_id,question,answer", *lines]) + "\n")
-    run = _run(read_table(source))
+    table_of_rows = read_table(source)
+    run = random_run(len(table_of_rows), table_of_rows.fingerprint(), LAYERS, HIDDEN, VISION)
     check_run(out, run)
     claim_run(out, run, lambda target: shutil.copy(source, target))
     run = read_run(out)
@@ -134,27 +136,6 @@ def _make_output(folder: Path, rows: int) -> Path:
         with ShardWriter(out, "benchmark", rank, run, content, 1000) as shard:
             shard.add(_record(random, row) for row in mine)
     return out
-
-
-def _run(content: Table) -> Run:
-    return Run(
-        rows=len(content),
-        rows_sha256=content.fingerprint(),
-        model="random",
-        revision="local",
-        model_sha256="0" * 64,
-        layout="native",
-        lora="merged",
-        dtype="float32",
-        attn_implementation="sdpa",
-        layers=LAYERS,
-        max_new_tokens=200,
-        pixel_mean=False,
-        hidden_size=HIDDEN,
-        vision_size=VISION,
-        device="cpu",
-        versions={},
-    )
 
 
 def _record(random: np.random.Generator, row: int) -> Extracted:

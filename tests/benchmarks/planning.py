@@ -13,24 +13,24 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.runs import random_run
 from vqa_embeddings.coverage import plan_parts
 from vqa_embeddings.files import new_csv
 from vqa_embeddings.holdings import Holdings
 from vqa_embeddings.merge import Outcome, _report
 from vqa_embeddings.plan import PICTURE_COST, share_rows, split
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.run import Run, check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.run import check_run, claim_run, read_run, read_run_rows
 from vqa_embeddings.shards import Segment, ShardWriter, read_segments
+from vqa_embeddings.stages import Stages
 from vqa_embeddings.table import read_table
 
 ROWS, QUICK_ROWS = 10_000_000, 200_000
@@ -108,19 +108,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Clock:
-    """Seconds by step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - begun
-
-
 def _apart(task: Callable[..., float], *arguments: Path) -> tuple[dict[str, Any], float]:
     """Run a task in a fresh process: its times, its peak memory, and what it returns."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -128,7 +115,7 @@ def _apart(task: Callable[..., float], *arguments: Path) -> tuple[dict[str, Any]
 
 
 def _measured(task: Callable[..., float], arguments: tuple[Path, ...]) -> tuple[dict[str, Any], float]:
-    clock = _Clock()
+    clock = Stages()
     value = task(clock, *arguments)
     return {"seconds": clock.seconds, "peak_gib": _peak_gib()}, value
 
@@ -139,7 +126,7 @@ def _peak_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def _plan(clock: _Clock, path: Path, out: Path) -> float:
+def _plan(clock: Stages, path: Path, out: Path) -> float:
     """What a rank does before it loads the model. Returns the load of the fullest of many shares over the mean."""
     with clock("read the CSV and check its ids"):
         rows = read_table(path)
@@ -153,7 +140,7 @@ def _plan(clock: _Clock, path: Path, out: Path) -> float:
     with clock(f"share: {SHARES} ranks"):
         share_rows(pictures, pending, (0, 1), 2, SHARES)
     with clock("begin the run, with a copy of the CSV"):
-        run = _run(len(rows), fingerprint)
+        run = random_run(len(rows), fingerprint, LAYERS, HIDDEN, VISION)
         check_run(out, run)
         claim_run(out, run, lambda target: shutil.copyfile(path, target))
     return _slowest_over_mean(pictures, split(pictures, pending, SHARES))
@@ -165,7 +152,7 @@ def _slowest_over_mean(pictures: np.ndarray, owner: np.ndarray) -> float:
     return float(loads.max() / loads.mean())
 
 
-def _account(clock: _Clock, out: Path) -> float:
+def _account(clock: Stages, out: Path) -> float:
     """What a merge does besides verifying segments and writing parts. Returns milliseconds to look into a segment."""
     with clock("read the run's table and check its fingerprint"):
         run = read_run(out)
@@ -201,27 +188,6 @@ def _extracted(row: int) -> Extracted:
 
 def _failed(row: int) -> Failed:
     return Failed(row, "PictureNotFound", f"picture_{row}.jpg is not there; expected a file below images")
-
-
-def _run(rows: int, fingerprint: str) -> Run:
-    return Run(
-        rows=rows,
-        rows_sha256=fingerprint,
-        model="small",
-        revision="local",
-        model_sha256="0" * 64,
-        layout="native",
-        lora="merged",
-        dtype="float32",
-        attn_implementation="sdpa",
-        layers=LAYERS,
-        max_new_tokens=8,
-        pixel_mean=False,
-        hidden_size=HIDDEN,
-        vision_size=VISION,
-        device="cpu",
-        versions={},
-    )
 
 
 def _questions(count: int) -> Iterator[list[str]]:
