@@ -194,9 +194,15 @@ def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeyp
     alone = [ask(model, [(picture, [question])])[0] for question in questions]
     assert len(model.question(wide)) > batch_room.WIDTH_STEP + extract_room.USUAL_QUESTION + TOKENS
     monkeypatch.setattr(batch_room, "SCORES_AT_ONCE", 1 << 18)
+    widths: list[int] = []
+    begin = Batch.__init__
+    monkeypatch.setattr(
+        Batch, "__init__", lambda self, decoder, size: widths.append(size.width) or begin(self, decoder, size)
+    )
     for found, wanted in zip(ask(model, [(picture, questions)], 3), alone, strict=True):
         assert found.answer == wanted.answer
         assert relative_difference(found, wanted) < TOLERANCE
+    assert widths[0] == widths[-1] < max(widths), "the rows after the wide one were to have a usual batch again"
 
 
 def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larger_one(

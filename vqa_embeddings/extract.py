@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -216,8 +216,9 @@ class Flight:
 
     def _make_ready(self, row: _Row) -> bool:
         """See to it that the row's picture is in the cache. False where the row, or its picture, has no room now."""
-        if self._width(row) > self._batch.size.width:
-            return False
+        width = self._width(row)
+        if width > self._batch.size.width or (width > self._usual_width) != self._wide:
+            return False  # few rows fit into a wide batch, which is for wide ones alone
         if row.long not in row.shown.cached:
             with self._stages("prefix"):
                 cached = self._batch.read_picture(row.shown.picture.embeddings, row.long)
@@ -294,14 +295,21 @@ class Flight:
         """Keys that a row needs a seat for."""
         return len(row.question) + self._model.max_new_tokens
 
+    @property
+    def _usual_width(self) -> int:
+        return USUAL_QUESTION + self._model.max_new_tokens
+
     def _new_batch(self, width: int = 0, keys: int = 0) -> Batch:
         """A batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
         decoder = self._model.decoder
-        width = max(width, USUAL_QUESTION + self._model.max_new_tokens)
-        return Batch(decoder, size_cache(decoder.device, decoder.key_bytes, width, keys, self._seats, self._share))
+        self._wide = width > self._usual_width
+        seats = None if self._wide else self._seats  # of wide rows, as many as the memory takes
+        width = max(width, self._usual_width)
+        size = size_cache(decoder.device, decoder.key_bytes, width, keys, seats, self._share)
+        return Batch(decoder, replace(size, seats=min(size.seats, self._seats or size.seats)))
 
     def _lay_out_anew(self) -> None:
-        """The next row, or its picture, is too large for a batch that is empty: make one that has room for it."""
+        """The next row, or its picture, does not fit into the batch, which is empty: make one that it fits into."""
         row = self._waiting[0]
         self._empty()
         self._batch = self._new_batch(self._width(row), len(row.shown.picture.embeddings))
