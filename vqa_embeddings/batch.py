@@ -17,8 +17,6 @@ from vqa_embeddings.steps import Step, Steps
 
 WIDTH_STEP = 64  # how many keys of the seats are read is rounded up to these, so that few shapes of a step occur
 SCORES_AT_ONCE = 1 << 27  # of a pass over questions, in float32: half a GiB
-
-
 MOST_SEATS = {"cuda": 256, "cpu": 64}  # with more, a row's share of a step is hardly less
 SEATS_SHARE, PAGES_SHARE = {"cuda": 0.2, "cpu": 0.05}, {"cuda": 0.5, "cpu": 0.15}  # of the free memory
 PICTURE_PAGES = 48  # of the largest picture, about; more than so many for each seat are not used

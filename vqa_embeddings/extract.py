@@ -200,18 +200,24 @@ class Flight:
         with self._stages("vision"):
             pictures = self._model.pictures([pixels for _, pixels in self._taken])
         records: list[Record] = []
-        for (rows, _), picture in zip(self._taken, pictures, strict=True):
-            shown = _Shown(picture)
-            for row in rows:
-                question = self._model.question(self._questions[row])
-                try:
-                    long = self._model.is_long(picture, question)
-                except RowFailed as failure:
-                    records.append(_failed(row, failure))
-                    continue
-                shown.left[long] += 1
-                self._waiting.append(_Row(row, shown, question, long))
+        with self._stages("records"):
+            for (rows, _), picture in zip(self._taken, pictures, strict=True):
+                records += self._expect(rows, _Shown(picture))
         self._taken = []
+        return records
+
+    def _expect(self, rows: Sequence[int], shown: _Shown) -> list[Record]:
+        """Put the rows of a picture among those that wait. Returns those whose prompt is too long."""
+        records: list[Record] = []
+        for row in rows:
+            question = self._model.question(self._questions[row])
+            try:
+                long = self._model.is_long(shown.picture, question)
+            except RowFailed as failure:
+                records.append(_failed(row, failure))
+                continue
+            shown.left[long] += 1
+            self._waiting.append(_Row(row, shown, question, long))
         return records
 
     def _make_ready(self, row: _Row) -> bool:
