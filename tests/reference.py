@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from transformers import Phi4MultimodalForCausalLM, Phi4MultimodalProcessor
 
@@ -33,7 +34,8 @@ class Reference:
             checkpoint, dtype=torch.float32, attn_implementation="eager", device_map={"": device}
         ).eval()
         self.model.load_adapter(str(checkpoint / "vision-lora"), adapter_name="reference_adapter")
-        assert self.model.active_adapters() == ["reference_adapter"]
+        adapted = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        assert adapted and all(module.active_adapters == ["reference_adapter"] for module in adapted)
         count = len(self.model.model.layers)
         self.layers = sorted({0, count // 4, count // 2, 3 * count // 4, count - 1})
 
