@@ -13,12 +13,11 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
-import sys
-
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.options import ExtractOptions, parse_extract
+from vqa_embeddings.signals import StopFlag, run_program
 from vqa_embeddings.voice import refuse, say, say_for_rank
-from vqa_embeddings.world import StopFlag, World, read_world
+from vqa_embeddings.world import World, read_world
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -56,7 +55,7 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     dtype = choose_dtype(options.dtype, device)
     attention = choose_attention(options.attn_implementation, dtype.value, device)
     run = describe_run(options, table, checkpoint, device, dtype, attention)
-    check_run(options.output_dir, run)
+    joined = check_run(options.output_dir, run)
     launch = start(options, world, run, table)
     say_plan(world, options, run, launch, device, dtype, attention)
     if not len(launch.rows):
@@ -64,7 +63,6 @@ def extract_share(options: ExtractOptions, world: World) -> None:
             keep_rows(options.output_dir, write_rows)
         return
 
-    stop = StopFlag().install()
     from vqa_embeddings.extract import extract
     from vqa_embeddings.phi4 import Phi4
     from vqa_embeddings.stages import Stages
@@ -72,9 +70,11 @@ def extract_share(options: ExtractOptions, world: World) -> None:
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
     engine = Phi4(*loaded, options.max_new_tokens)
-    claim_run(options.output_dir, run, write_rows if world.main else None)
+    began = claim_run(options.output_dir, run)
+    if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
+        keep_rows(options.output_dir, write_rows)
     assert options.images_dir is not None
-    stages = Stages()
+    stop, stages = StopFlag().install(), Stages()
     settings = options.batch_size, options.num_workers
     records = extract(engine, table, launch.rows, options.images_dir, *settings, stop.requested, stages)
     shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
@@ -82,15 +82,17 @@ def extract_share(options: ExtractOptions, world: World) -> None:
         for finished in records:
             with stages("waiting for the disk"):
                 shard.add(finished)
+                if stop.is_new():  # the KILL that follows need not wait for the rows in hand
+                    shard.begin_commit()
             bar.update(finished)
     left = len(launch.rows) - shard.committed
     done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
     say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
-    if not stop.requested():
-        keep_rows(options.output_dir, write_rows)  # where rank 0 has not come to it
-    else:
+    if left and stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
+    else:
+        keep_rows(options.output_dir, write_rows)  # where the one who began the run has not come to it
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +22,13 @@ settings.load_profile("busy")
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 12  # of an answer, in all tests that compare answers
+TERMS = int(os.environ.get("TERMS", "4"))  # to a launch, at random moments
+COPIES = max(20, 5 * TERMS)  # of each of the 31 questions, so that a run outlasts what is done to it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests on a real Slurm, which take longest, come last."""
+    items.sort(key=lambda item: "slurm" in item.path.parts)
 
 
 def table_rows(path: Path = DATA / "vqa.csv") -> list[dict[str, str]]:
@@ -46,6 +55,11 @@ def command(ranks: int, *arguments: object) -> list[str]:
     return launcher + script
 
 
+def begin(arguments: list[str], stdout: int = subprocess.DEVNULL, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=environment)
+
+
 def run(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **settings}, timeout=600)
@@ -53,6 +67,29 @@ def run(arguments: Sequence[str], **environment: str) -> subprocess.CompletedPro
 
 def merge(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, str(ROOT / "merge_shards.py"), "--output-dir", str(out), *map(str, arguments)])
+
+
+def processes(launch: subprocess.Popen) -> list[psutil.Process]:
+    """The launcher and all that it started; torchrun's ranks lead sessions of their own."""
+    try:
+        return [psutil.Process(launch.pid), *psutil.Process(launch.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(victims: list[psutil.Process]) -> None:
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+
+
+def segments(out: Path) -> list[Path]:
+    return sorted(out.glob("shards/*/*.h5"))
+
+
+def of_copies(expected: dict[str, object], rows: Iterable[str]) -> dict[str, object]:
+    """What the reference expects of rows of `many_rows`."""
+    return {key: expected[key.rpartition("-")[0]] for key in rows}
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +121,9 @@ def photographs(checkpoint: Path) -> list[object]:
 def arguments_for(table: Path, checkpoint: Path, images: Path = DATA) -> list[object]:
     inputs = ["--vqa-dataset", table, "--images-dir", images, "--model", checkpoint]
     return [*inputs, "--max-new-tokens", TOKENS, "--dtype", "float32"]
+
+
+@pytest.fixture(scope="session")
+def many_rows(tmp_path_factory) -> Path:
+    copies = [{**row, "question_id": f"{row['question_id']}-{copy}"} for row in table_rows() for copy in range(COPIES)]
+    return write_table(tmp_path_factory.mktemp("many") / "many.csv", copies)

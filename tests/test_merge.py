@@ -20,7 +20,7 @@ from vqa_embeddings.files import sha256
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import parse_merge
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.run import Run, check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.run import Run, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.shards import ShardWriter
 from vqa_embeddings.table import read_table
 
@@ -47,6 +47,10 @@ def commit(out: Path, records, interval: int = 4, rank: int = 0) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
+    return begin_run(tmp_path)
+
+
+def begin_run(tmp_path: Path) -> Path:
     """An output folder whose run has begun and whose shards are empty."""
     table = tmp_path / "vqa.csv"
     lines = [f"q{row},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
@@ -72,7 +76,8 @@ def out(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "out"
     check_run(folder, run)
-    claim_run(folder, run, lambda target: shutil.copy(table, target))
+    claim_run(folder, run)
+    keep_rows(folder, lambda target: shutil.copy(table, target))
     return folder
 
 

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import re
-import signal
-import subprocess
 import time
-from pathlib import Path
 
-import psutil
-import pytest
-from conftest import arguments_for, command, merge, run, table_rows, write_table
+from conftest import (
+    COPIES,
+    arguments_for,
+    begin,
+    command,
+    kill,
+    merge,
+    of_copies,
+    processes,
+    run,
+    segments,
+    table_rows,
+)
 from published_reader import read_published
 from test_rows import assert_equal_to_reference
 
-KILLS, COPIES = 20, 20  # copies of each of the 31 questions, so that a run outlasts what is done to it
-
-
-def begin(arguments: list[str], stdout: int = subprocess.DEVNULL, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=environment)
-
-
-def processes(launch: subprocess.Popen) -> list[psutil.Process]:
-    """The launcher and all that it started; torchrun's ranks lead sessions of their own."""
-    try:
-        return [psutil.Process(launch.pid), *psutil.Process(launch.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill(victims: list[psutil.Process]) -> None:
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-
-
-def segments(out: Path) -> list[Path]:
-    return sorted(out.glob("shards/*/*.h5"))
-
-
-@pytest.fixture(scope="module")
-def many_rows(tmp_path_factory) -> Path:
-    copies = [{**row, "question_id": f"{row['question_id']}-{copy}"} for row in table_rows() for copy in range(COPIES)]
-    return write_table(tmp_path_factory.mktemp("many") / "many.csv", copies)
-
-
-def of_copies(expected: dict[str, object], rows: dict[str, dict]) -> dict[str, object]:
-    return {key: expected[key.rpartition("-")[0]] for key in rows}
+KILLS = 20
 
 
 def test_a_killed_launch_goes_on_with_another_number_of_ranks(tmp_path, many_rows, checkpoint, expected):
@@ -77,27 +48,6 @@ def test_a_killed_launch_goes_on_with_another_number_of_ranks(tmp_path, many_row
     assert_equal_to_reference(rows, of_copies(expected, rows))
     coverage = json.loads((tmp_path / "coverage.json").read_text())
     assert (coverage["extracted"], coverage["missing"], coverage["duplicates"]) == (31 * COPIES, 0, 0)
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_run_asked_to_stop_commits_the_batch_in_hand(tmp_path, many_rows, checkpoint, ranks):
-    """Alone it exits 0. Of two ranks, each is asked as by a scheduler: at once with the launcher, which asks again."""
-    arguments = [*arguments_for(many_rows, checkpoint), "--output-dir", tmp_path, "--batch-size", 1]
-    running = begin(command(ranks, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    bar = b""
-    while not re.search(rb" [1-9]\d*/\d+ ", bar):  # rows that are done and not yet committed
-        more = running.stderr.read(1)
-        assert more, "the run ended before it could be stopped"
-        bar += more
-    assert not segments(tmp_path)
-    for process in processes(running):
-        process.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=20)[0].decode()
-    assert running.returncode == 0 or ranks
-    assert said.count("stopped by SIGTERM after a commit") == max(ranks, 1)
-    rows = sum(int(found) for found in re.findall(r"(\d+) rows extracted, 0 failed, \d+ left", said))
-    assert 1 <= rows < 31 * COPIES
-    assert f"extracted: {rows}; failed: 0; missing: {31 * COPIES - rows}" in merge(tmp_path).stdout
 
 
 def test_kills_at_random_moments_lose_no_committed_row_and_double_none(tmp_path, many_rows, checkpoint, expected):

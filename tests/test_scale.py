@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from benchmarks.runs import random_run
 
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.extract import _by_picture
-from vqa_embeddings.run import claim_run, keep_rows
+from vqa_embeddings.run import check_run, claim_run, keep_rows
 from vqa_embeddings.table import Table
 
 RUN = random_run(3, "0" * 64, [0, 1], 8, 8)
@@ -22,26 +23,28 @@ def never(path: Path) -> None:
     raise AssertionError(f"{path} was to be left alone")
 
 
-def test_only_the_rank_that_is_to_keep_the_table_copies_it(tmp_path: Path):
-    claim_run(tmp_path, RUN, None)
-    assert not (tmp_path / "rows.csv").exists()
-    claim_run(tmp_path, RUN, lambda path: path.write_text("the table"))
-    assert (tmp_path / "rows.csv").read_text() == "the table"
-    claim_run(tmp_path, RUN, never)
+def test_of_many_that_start_together_one_begins_the_run(tmp_path: Path):
+    assert [check_run(tmp_path, RUN) for _ in range(2)] == [False, False]
+    with ThreadPoolExecutor(8) as together:
+        began = list(together.map(lambda _: claim_run(tmp_path, RUN), range(64)))
+    assert sum(began) == 1
+    assert not (tmp_path / "rows.csv").exists(), "the table is copied by whom the claim tells to, not by all"
+    assert check_run(tmp_path, RUN)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_table_is_kept_later_where_the_first_rank_did_not_come_to_it(tmp_path: Path):
-    claim_run(tmp_path, RUN, None)
+def test_the_table_is_kept_once(tmp_path: Path):
+    claim_run(tmp_path, RUN)
     keep_rows(tmp_path, lambda path: path.write_text("the table"))
     keep_rows(tmp_path, never)
     assert (tmp_path / "rows.csv").read_text() == "the table"
 
 
-def test_no_table_is_laid_where_no_run_is_or_another_one(tmp_path: Path):
+def test_no_table_is_laid_where_no_run_is_and_another_run_is_refused(tmp_path: Path):
     keep_rows(tmp_path, never)
-    claim_run(tmp_path, RUN, None)
+    claim_run(tmp_path, RUN)
     with pytest.raises(Refused, match="another run"):
-        claim_run(tmp_path, replace(RUN, dtype="float16"), never)
+        claim_run(tmp_path, replace(RUN, dtype="float16"))
 
 
 def test_the_pictures_of_a_rank_come_as_they_are_asked_for():

@@ -1,23 +1,23 @@
-"""The rank comes from whoever launched, and the first signal only asks."""
+"""The rank comes from whoever launched."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import command, run
 from torch.distributed import TCPStore
 
+from vqa_embeddings import world as world_module
 from vqa_embeddings.errors import Refused
-from vqa_embeddings.world import World, from_rank_zero, put, read_array_slice, read_world, take
+from vqa_embeddings.world import World, _publish_plan, from_rank_zero, put, read_array_slice, read_ranks, take
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
 STEP = {**BATCH, "SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+PROXY = {**STEP, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}  # one of two, one a node
 
 
 @pytest.mark.parametrize(
@@ -28,20 +28,78 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM
         (STEP, ("srun", 5, 8, 1)),
         (BATCH, ("none", 0, 1, 0)),
         ({**BATCH, **OPEN_MPI}, ("mpi", 2, 4, 0)),
-        ({**STEP, **TORCHRUN}, ("torchrun", 3, 8, 1)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, ("mpi", 1, 2, 1)),
+        ({**PROXY, **OPEN_MPI}, ("mpi", 2, 4, 0)),
+        (MPICH, ("mpi", 3, 4, 1)),
+        ({**BATCH, **MPICH}, ("mpi", 3, 4, 1)),
+        ({**PROXY, **MPICH}, ("mpi", 3, 4, 1)),
+        ({**STEP, "PMI_RANK": "5", "PMI_SIZE": "8"}, ("srun", 5, 8, 1)),
+        ({**BATCH, **TORCHRUN}, ("torchrun", 3, 8, 1)),
+        ({**PROXY, **TORCHRUN, "GROUP_WORLD_SIZE": "2"}, ("torchrun", 3, 8, 1)),
+        ({**STEP, "RANK": "5", "WORLD_SIZE": "8"}, ("srun", 5, 8, 1)),
+        ({**STEP, "WORLD_SIZE": "8", "MASTER_ADDR": "x"}, ("srun", 5, 8, 1)),
+        ({**OPEN_MPI, "RANK": "2"}, ("mpi", 2, 4, 0)),
     ],
-    ids=["alone", "torchrun", "srun", "sbatch without a step", "mpirun in sbatch", "torchrun in srun", "mpich"],
+    ids=[
+        "alone",
+        "torchrun",
+        "srun",
+        "sbatch without a step",
+        "Open MPI in sbatch",
+        "Open MPI from a daemon that srun has started",
+        "MPICH",
+        "MPICH in sbatch",
+        "MPICH from a proxy that srun has started",
+        "srun --mpi=pmi2",
+        "torchrun in sbatch",
+        "one torchrun a node in srun",
+        "srun, repeated by a script",
+        "srun, half repeated by a script",
+        "mpirun, half repeated by a script",
+    ],
 )
 def test_the_rank_is_the_innermost_launchers(environment, expected):
-    world = read_world(environment)
+    world = read_ranks(environment)
     assert (world.launcher, world.rank, world.size, world.local_rank) == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 and WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 and WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "RANK=0 and WORLD_SIZE=two"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "RANK=0 and WORLD_SIZE=999"),
+        ({"RANK": "0"}, "RANK=0 and no WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "no RANK and WORLD_SIZE=2"),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, "LOCAL_RANK= in"),
+        ({**STEP, "WORLD_SIZE": "2"}, "no RANK and WORLD_SIZE=2"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_RANK=0 and no OMPI_COMM_WORLD_SIZE"),
+        ({"PMI_RANK": "4", "PMI_SIZE": "4"}, "PMI_RANK=4 and PMI_SIZE=4"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_PROCID=0 and no SLURM_STEP_NUM_TASKS"),
+        ({**PROXY, **TORCHRUN}, "RANK=3 and WORLD_SIZE=8 in task 1 of 2 of srun"),
+        ({**PROXY, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, "RANK=3 and WORLD_SIZE=8 in task 1 of 2 of srun"),
+        ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, "RANK=0 and WORLD_SIZE=1 in task 2 of 4 of mpirun"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(environment, found):
+    with pytest.raises(Refused) as refused:
+        read_ranks(environment)
+    assert found in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_launch_with_an_impossible_rank_exits_2_with_one_sentence(tmp_path: Path):
+    done = run(command(0, "--demo", "--output-dir", tmp_path / "out"), RANK="5", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: found RANK=5 and WORLD_SIZE=2 in the environment, expected")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_of_a_step_share_a_key_that_a_requeued_job_does_not():
-    keys = [read_world(environment).launch_key for environment in (STEP, {**STEP, "SLURM_PROCID": "6"})]
+    keys = [read_ranks(environment).launch_key for environment in (STEP, {**STEP, "SLURM_PROCID": "6"})]
     assert keys[0] == keys[1]
-    assert read_world({**STEP, "SLURM_RESTART_COUNT": "1"}).launch_key != keys[0]
+    assert read_ranks({**STEP, "SLURM_RESTART_COUNT": "1"}).launch_key != keys[0]
 
 
 @pytest.mark.parametrize(
@@ -63,31 +121,79 @@ def test_the_slice_is_the_array_tasks(task, first, count, step, expected):
         assert read_array_slice(environment) == expected
 
 
+@pytest.mark.parametrize(("name", "value"), [("ID", "x"), ("COUNT", "four"), ("COUNT", "0"), ("STEP", "0")])
+def test_an_array_task_that_cannot_be_is_refused(name, value):
+    environment = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "4", f"SLURM_ARRAY_TASK_{name}": value}
+    with pytest.raises(Refused, match=r"array task|SLURM_ARRAY_TASK"):
+        read_array_slice(environment)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, True),
         (TORCHRUN, True),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, False),
         (STEP, True),
         (OPEN_MPI, False),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, False),
     ],
 )
 def test_ranks_agree_where_the_launcher_tells_launches_apart(environment, expected):
-    assert read_world(environment).can_agree == expected
+    assert read_ranks(environment).can_agree == expected
 
 
 def test_the_attempts_of_an_elastic_launch_have_keys_of_their_own():
     """The agent's store survives a restart: under the same key, ranks would read the plan of the last attempt."""
-    keys = {read_world({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": count}).launch_key for count in "012"}
+    keys = {read_ranks({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": count}).launch_key for count in "012"}
     assert len(keys) == 3
 
 
 def test_ranks_without_a_store_agree_through_a_file(tmp_path: Path):
     main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
-    assert from_rank_zero(main, tmp_path, lambda: b"plan") == b"plan"
-    assert from_rank_zero(other, tmp_path, lambda: b"not asked") == b"plan"
+    plan = bytes(range(256))
+    assert from_rank_zero(main, tmp_path, lambda: plan) == plan
+    assert from_rank_zero(other, tmp_path, lambda: b"not asked") == plan
+
+
+def test_another_rank_makes_the_plan_where_rank_0_has_died(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(world_module, "STAND_IN_SECONDS", 0.3)
+    main, second, third = (World("srun", rank, 3, rank, "job-0-0") for rank in range(3))
+    assert from_rank_zero(second, tmp_path, lambda: b"the second's plan") == b"the second's plan"
+    for late in (main, third):
+        assert from_rank_zero(late, tmp_path, lambda: b"not asked") == b"the second's plan"
+
+
+def test_of_two_plans_the_first_counts_for_all(tmp_path: Path):
+    main = World("srun", 0, 2, 0, "job-0-0")
+
+    def slow_plan() -> bytes:
+        _publish_plan(tmp_path / ".launch-job-0-0" / "plan-1", lambda: b"faster")
+        return b"slower"
+
+    assert from_rank_zero(main, tmp_path, slow_plan) == b"faster"
+
+
+def test_ranks_that_run_the_program_again_in_one_step_do_not_take_the_old_plan(tmp_path: Path):
+    main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
+    for plan in (b"first", b"second"):
+        from_rank_zero(main, tmp_path, lambda plan=plan: plan)
+    assert [from_rank_zero(other, tmp_path, lambda: b"not asked") for _ in range(2)] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("error", [Refused("the folder holds another run"), OSError("no such disk")])
+def test_ranks_without_a_store_learn_that_there_will_be_no_plan(tmp_path: Path, error: Exception):
+    main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
+
+    def fail() -> bytes:
+        raise error
+
+    with pytest.raises(type(error)):
+        from_rank_zero(main, tmp_path, fail)
+    with pytest.raises(Refused, match=str(error)):
+        from_rank_zero(other, tmp_path, lambda: b"not asked")
+    for rank in (main, other):  # which try again, in the same job step
+        assert from_rank_zero(rank, tmp_path, lambda: b"the plan") == b"the plan"
 
 
 def test_a_plan_of_any_size_goes_through_the_store():
@@ -96,26 +202,3 @@ def test_a_plan_of_any_size_goes_through_the_store():
     plan = bytes(range(256)) * 50_000
     put(store, plan)
     assert take(store) == plan
-
-
-SCRIPT = """
-import os, signal, time
-from vqa_embeddings import world
-world.REPEAT_SECONDS = 0.5
-stop = world.StopFlag().install()
-for _ in range(3):  # the scheduler's, and what the launcher passes on
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.05)
-print("asked", bool(stop), stop.signal, flush=True)
-time.sleep(1)
-os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(5)
-print("not reached")
-"""
-
-
-def test_the_first_signal_asks_its_echoes_are_ignored_and_a_later_one_ends():
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["asked", "True", "SIGTERM"]
-    assert done.returncode == 128 + signal.SIGUSR1

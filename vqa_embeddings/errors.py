@@ -35,6 +35,6 @@ class NonFiniteValues(RowFailed):
     """A vector of the row holds a NaN or an infinity."""
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """An error's message without line breaks, and not too long for a sentence."""
     return " ".join(str(error).split())[:300] or type(error).__name__

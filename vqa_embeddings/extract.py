@@ -45,7 +45,7 @@ def extract(
         rows: positions in the table, the questions on one picture one after another.
         batch_size: how many rows are answered together; None leaves it to the free memory.
         workers: how many threads read pictures ahead of the model.
-        stopping: once it is true, no row is begun any more, and those under way have some seconds to end.
+        stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end.
         stages: takes the time of what is done.
     Yields:
         The records that one unit of work has finished, often none.
@@ -54,7 +54,8 @@ def extract(
     def prepare(group: tuple[str, list[int]]) -> Pixels:
         return model.pixels(open_picture(locate(images_dir, group[0])))
 
-    pictures = ((group[1], found) for group, found in read_ahead(_by_picture(table, rows), prepare, workers))
+    read = read_ahead(_by_picture(table, rows), prepare, workers, stopping)
+    pictures = ((group[1], found) for group, found in read)
     flight = Flight(model, table.questions, pictures, batch_size, stages or Stages())
     deadline: float | None = None
     while not flight.over:

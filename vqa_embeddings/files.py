@@ -17,11 +17,14 @@ TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 
 
-def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -> None:
+def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -> bool:
     """Let `write` make a temporary file beside `path`, and give it its final name once it is on the disk.
 
     Readers see the old file or the new one, never half of one. With `replace=False` a file that is already
     there stays, also against a writer at the same moment.
+
+    Returns:
+        Whether the file under that name is the one that was made.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -32,10 +35,11 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
         else:
             _link(temporary, path)
     except FileExistsError:
-        return
+        return False
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+    return True
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -49,14 +53,14 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def publish_text(path: Path, text: str, *, replace: bool = True) -> None:
+def publish_text(path: Path, text: str, *, replace: bool = True) -> bool:
     """`publish` for a short text, encoded as UTF-8 with its line ends as they are."""
-    publish(path, lambda temporary: temporary.write_bytes(text.encode()), replace=replace)
+    return publish(path, lambda temporary: temporary.write_bytes(text.encode()), replace=replace)
 
 
-def publish_json(path: Path, value: Any, *, replace: bool = True) -> None:
+def publish_json(path: Path, value: Any, *, replace: bool = True) -> bool:
     """`publish` for a JSON document that people read too."""
-    publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", replace=replace)
+    return publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", replace=replace)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, Picture
 
 K = TypeVar("K")
 T = TypeVar("T")
+
+PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -55,8 +58,12 @@ def open_picture(path: Path) -> Image.Image:
         raise PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}") from None
 
 
-def read_ahead(keys: Iterable[K], prepare: Callable[[K], T], workers: int) -> Iterator[tuple[K, T | RowFailed]]:
+def read_ahead(
+    keys: Iterable[K], prepare: Callable[[K], T], workers: int, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[K, T | RowFailed]]:
     """`prepare(key)` for every key in order, up to `2 * workers` of them made ahead in threads.
+
+    Once `stopping` is true there are no more, and nobody waits for one that a thread may never have done reading.
 
     Yields:
         The key, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
@@ -69,7 +76,7 @@ def read_ahead(keys: Iterable[K], prepare: Callable[[K], T], workers: int) -> It
             return failure
 
     if workers == 0:
-        yield from ((key, attempt(key)) for key in keys)
+        yield from ((key, attempt(key)) for key in takewhile(lambda _: not stopping(), keys))
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
     waiting: deque[tuple[K, Future[T | RowFailed]]] = deque()
@@ -81,6 +88,10 @@ def read_ahead(keys: Iterable[K], prepare: Callable[[K], T], workers: int) -> It
             if not waiting:
                 return
             key, future = waiting.popleft()
+            while not stopping() and not wait([future], PATIENCE).done:
+                pass
+            if stopping():
+                return
             yield key, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

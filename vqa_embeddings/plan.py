@@ -79,13 +79,24 @@ def deal(costs: np.ndarray, shares: int) -> np.ndarray:
     return dealt
 
 
+def choose_slice(pictures: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+    """The rows of slice `i` of `n`, as bool `[rows]`: fixed by the table alone.
+
+    Array tasks that start hours apart then never leave a gap between them, whatever was done in the meantime.
+
+    Args:
+        pictures: int `[rows]`, the picture of each row.
+        part: `(i, n)`.
+    """
+    return split(pictures, np.ones(len(pictures), bool), part[1]) == part[0]
+
+
 def share_rows(
     pictures: np.ndarray, pending: np.ndarray, part: tuple[int, int], rank: int, size: int, agreed: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of one slice of the table, and those of them that one rank of `size` is to do now.
 
-    A slice is fixed by the table alone, so that array tasks which start hours apart never leave a gap between
-    them; within a slice, the ranks of a launch share what is left.
+    Within a slice, the ranks of a launch share what is left.
 
     Args:
         pictures: int `[n]`, the picture of each row.
@@ -96,7 +107,7 @@ def share_rows(
     Returns:
         bool `[n]`, the slice; int `[m]`, the rank's rows, picture after picture in the order of the table.
     """
-    inside = split(pictures, np.ones(len(pictures), bool), part[1]) == part[0]
+    inside = choose_slice(pictures, part)
     owner = split(pictures, inside & pending if agreed else inside, size)
     mine = np.flatnonzero((owner == rank) & pending)
     return inside, mine[np.argsort(pictures[mine], kind="stable")]

@@ -66,14 +66,17 @@ class Run:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run(folder: Path, wanted: Run) -> None:
+def check_run(folder: Path, wanted: Run) -> bool:
     """See before anything slow that `folder` can be written to, and holds no other run. Makes it where it is not there.
 
+    Returns:
+        Whether the run is there already.
     Raises:
-        Refused: otherwise; where it is another run, the differences are named.
+        Refused: `folder` is not fit; where it holds another run, the differences are named.
     """
     try:
-        if (folder / RUN_FILE).exists():
+        found = (folder / RUN_FILE).exists()
+        if found:
             _refuse_differences(folder, read_run(folder), wanted)
         else:
             _refuse_strangers(folder)
@@ -82,31 +85,32 @@ def check_run(folder: Path, wanted: Run) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise Refused(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
+    return found
 
 
-def claim_run(folder: Path, wanted: Run, write_rows: Callable[[Path], object] | None) -> None:
-    """Begin the run in `folder`, or join the one that is there. Any number of launches may do so at once.
+def claim_run(folder: Path, wanted: Run) -> bool:
+    """Begin the run in `folder`, or join the one that is there. Any number of processes may do so at once.
 
     Args:
         folder: the output folder, which `check_run` has seen.
         wanted: what this launch extracts.
-        write_rows: as for `keep_rows`; None leaves that to another rank.
+    Returns:
+        Whether this process, and so no other, began it.
     Raises:
         Refused: another launch was faster, and its run is another one.
     """
-    if not (folder / RUN_FILE).exists():
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        publish_json(folder / RUN_FILE, {**asdict(wanted), "created_at": now}, replace=False)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    run = {**asdict(wanted), "created_at": now}
+    began = not (folder / RUN_FILE).exists() and publish_json(folder / RUN_FILE, run, replace=False)
     _refuse_differences(folder, read_run(folder), wanted)
-    # After run.json, so that a launch which lost the race with another table has been refused by now.
-    if write_rows is not None:
-        keep_rows(folder, write_rows)
+    return began
 
 
 def keep_rows(folder: Path, write_rows: Callable[[Path], object]) -> None:
     """Lay the table beside the run that `folder` holds, unless it is there, or no run is.
 
-    A table may have 10 GB: at the start of a launch only its rank 0 does this, so that not every rank makes a copy.
+    A table may have 10 GB: of a thousand ranks that start together only the one that began the run should do this,
+    and at the end of a launch each, where that one has not come to it.
 
     Args:
         write_rows: writes the CSV that becomes `rows.csv` to the path that it is given.

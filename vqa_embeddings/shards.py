@@ -88,14 +88,10 @@ class ShardWriter:
             kept = self._filling.keep(len(self._pending), record) if isinstance(record, Extracted) else record
             self._pending.append(kept)
             if len(self._pending) == self._interval:
-                self._begin_commit()
+                self.begin_commit()
 
-    def commit(self) -> None:
-        """Make a segment of what is pending, and wait until all is committed."""
-        self._begin_commit()
-        self._end_commit()
-
-    def _begin_commit(self) -> None:
+    def begin_commit(self) -> None:
+        """Make a segment of what is pending, behind the model's back. Waits for the one before."""
         self._end_commit()
         if not self._pending:
             return
@@ -104,6 +100,11 @@ class ShardWriter:
         self._pending = []
         self._filling, self._spare = self._spare, self._filling  # free again: what was in it has been written
         self._behind = self._writer.submit(self._write, path, records), records
+
+    def commit(self) -> None:
+        """Make a segment of what is pending, and wait until all is committed."""
+        self.begin_commit()
+        self._end_commit()
 
     def _write(self, path: Path, records: list[Extracted | Failed]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

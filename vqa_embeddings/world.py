@@ -1,4 +1,4 @@
-"""Who this process is: rank, launcher, array slice, signals. The only module that reads the environment.
+"""Who this process is: rank, launcher, array slice. The only module that reads the environment.
 
 A single process takes the same path as a thousand. After `from_rank_zero`, at start-up, no rank ever waits for
 another.
@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.files import publish
+from vqa_embeddings.mpi import MPICH, OPEN_MPI, agree_on_key
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
+STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
 LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks ask the same metadata server
 STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
-REPEAT_SECONDS = 3  # schedulers signal ranks and launcher, which passes it on: one request, not two
+PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which ranks agree
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    launch_key: str | None = None  # what all ranks of one launch, and no others, have in common; MPI names nothing
+    launch_key: str | None = None  # what all ranks of one launch, and no others, have in common
+    mpi: str | None = None  # the family of MPI libraries through which the launcher's ranks find each other, if one can
 
     @property
     def main(self) -> bool:
@@ -47,48 +48,142 @@ class World:
         return self.size == 1 or self.launch_key is not None
 
 
-def read_world(environment: Mapping[str, str] = os.environ) -> World:
+def read_world() -> World:
+    """`read_ranks`, and under `mpirun` the key that its ranks have in common, where mpi4py is installed.
+
+    Raises:
+        Refused: as `read_ranks`; or MPI is there and does not work.
+    """
+    world = read_ranks()
+    if world.launcher == "mpi" and world.mpi and world.size > 1:
+        return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
+    return world
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> World:
     """The rank and world size given by whichever launcher is there: torchrun or accelerate, MPI, srun, or none.
 
-    The innermost launcher is asked first: an `mpirun` inside an `sbatch` script sees Slurm's variables too, and a
-    script under `sbatch` alone, which has no step, is one process whatever `SLURM_NTASKS` says.
+    Of several, the innermost counts: an `mpirun` inside an `sbatch` script sees Slurm's variables too, and a script
+    under `sbatch` alone, which has no step, is one process whatever `SLURM_NTASKS` says.
+
+    Raises:
+        Refused: the variables say what cannot be, or each task of one launcher has begun another one.
     """
-    env = environment
-    if "RANK" in env and "WORLD_SIZE" in env:
-        # torchrun's key-value store knows its launch; after an elastic restart it still holds the last attempt's keys
-        key = f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}" if "MASTER_ADDR" in env else None
-        return World("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), key)
-    if "OMPI_COMM_WORLD_RANK" in env:
-        local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-        return World("mpi", int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), local)
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-        key = "-".join(env.get(name, "0") for name in names)
-        local = int(env.get("SLURM_LOCALID", "0"))
-        return World("srun", int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), local, key)
-    if "PMI_RANK" in env and "PMI_SIZE" in env:
-        return World("mpi", int(env["PMI_RANK"]), int(env["PMI_SIZE"]), int(env.get("MPI_LOCALRANKID", "0")))
-    return World()
+    outer = _read_mpi(environment) or _read_step(environment) or World()
+    return _read_torchrun(environment, outer) or outer
+
+
+def _read_torchrun(env: Mapping[str, str], outer: World) -> World | None:
+    """What torchrun's variables say; None where they are not there, or only repeat what the launcher outside says."""
+    given = env.keys() & {"RANK", "WORLD_SIZE"}
+    outside = {"RANK": str(outer.rank), "WORLD_SIZE": str(outer.size)}
+    # Scripts for srun and mpirun set these too; torchrun's own processes, one a node, count themselves besides.
+    repeated = outer.launcher != "none" and "GROUP_WORLD_SIZE" not in env
+    if not given or (repeated and all(env[name] == outside[name] for name in given)):
+        return None
+    rank, size = _read_place(env, "RANK", "WORLD_SIZE")
+    if outer.size > 1 and _read_number(env, "GROUP_WORLD_SIZE", "1") < 2:
+        launcher = "mpirun" if outer.launcher == "mpi" else outer.launcher
+        raise Refused(
+            f"found RANK={rank} and WORLD_SIZE={size} in task {outer.rank} of {outer.size} of {launcher}: each task "
+            f"begins a launch of its own, and would extract every row; use {launcher} or torchrun alone, or one "
+            "torchrun a node, with --nnodes"
+        )
+    # torchrun's key-value store knows its launch; after an elastic restart it still holds the last attempt's keys
+    has_store = env.keys() >= {"MASTER_ADDR", "MASTER_PORT"}
+    key = f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}" if has_store else None
+    return World("torchrun", rank, size, _read_number(env, "LOCAL_RANK", "0"), key)
+
+
+def _read_mpi(env: Mapping[str, str]) -> World | None:
+    if env.keys() & {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"}:
+        place = _read_place(env, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+        return World("mpi", *place, _read_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "0"), mpi=OPEN_MPI)
+    # In a Slurm job, MPICH's and Intel's mpiexec start a proxy on each node with srun: the step is then that of the
+    # proxies, not of the ranks. PMI_RANK without MPI_LOCALRANKID in a step is srun's own, for --mpi=pmi2.
+    inside_step = "SLURM_STEP_ID" in env and "MPI_LOCALRANKID" not in env
+    if env.keys() & {"PMI_RANK", "PMI_SIZE"} and not inside_step:
+        place = _read_place(env, "PMI_RANK", "PMI_SIZE")
+        return World("mpi", *place, _read_number(env, "MPI_LOCALRANKID", "0"), mpi=MPICH)
+    return None
+
+
+def _read_step(env: Mapping[str, str]) -> World | None:
+    if "SLURM_STEP_ID" not in env:
+        return None
+    place = _read_place(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    # The port is srun's own: job numbers come again, on another cluster or after a long time.
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_SRUN_COMM_PORT")
+    key = "-".join(env.get(name, "0") for name in names)
+    family = OPEN_MPI if "PMIX_RANK" in env else MPICH if "PMI_RANK" in env else None
+    return World("srun", *place, _read_number(env, "SLURM_LOCALID", "0"), key, family)
+
+
+def _read_place(env: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    """Rank and world size, of which a launcher sets both or neither."""
+    rank, size = _whole(env.get(rank_name)), _whole(env.get(size_name))
+    if rank is None or size is None or rank >= size:
+        raise _impossible(env, (rank_name, size_name), "a rank from 0 to one less than the size")
+    return rank, size
+
+
+def _read_number(env: Mapping[str, str], name: str, usual: str) -> int:
+    number = _whole(env.get(name, usual))
+    if number is None:
+        raise _impossible(env, (name,), "a whole number")
+    return number
+
+
+def _whole(text: str | None) -> int | None:
+    """The number that a variable holds, from 0 up; None where it holds none."""
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _impossible(env: Mapping[str, str], names: Sequence[str], expected: str) -> Refused:
+    found = " and ".join(f"{name}={env[name]}" if name in env else f"no {name}" for name in names)
+    return Refused(
+        f"found {found} in the environment, expected {expected}; "
+        "begin with a launcher that sets them all, or take them out of the environment"
+    )
 
 
 def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """The slice of a task of a Slurm array: its index, and how many tasks there are.
 
     Raises:
-        Refused: the array's task numbers are not evenly spaced.
+        Refused: the array's task numbers are not evenly spaced, or are no numbers.
     """
     env = environment
     if "SLURM_ARRAY_TASK_ID" not in env:
         return None
-    task, first = int(env["SLURM_ARRAY_TASK_ID"]), int(env.get("SLURM_ARRAY_TASK_MIN", "0"))
-    count, step = int(env.get("SLURM_ARRAY_TASK_COUNT", "1")), int(env.get("SLURM_ARRAY_TASK_STEP", "1"))
-    index, rest = divmod(task - first, step)
+    usual = {"ID": "0", "MIN": "0", "COUNT": "1", "STEP": "1"}
+    task, first, count, step = (_read_number(env, f"SLURM_ARRAY_TASK_{name}", usual[name]) for name in usual)
+    index, rest = divmod(task - first, step) if step else (-1, 0)
     if rest or not 0 <= index < count:
         raise Refused(
             f"array task {task} of {count} tasks from {first} in steps of {step} has no place in an even split; "
             "give --slice i/n, or use an array such as 0-7"
         )
     return index, count
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """The Slurm job that this process runs in."""
+
+    name: str  # as scontrol knows it: a number, or array_task
+    restarts: int  # how often it had been requeued when this run of it began
+
+
+def read_queued_job(environment: Mapping[str, str] = os.environ) -> QueuedJob | None:
+    """The Slurm job that this process runs in, if it does."""
+    env = environment
+    if "SLURM_JOB_ID" not in env:
+        return None
+    name = env["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" in env:
+        name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return QueuedJob(name, int(env.get("SLURM_RESTART_COUNT", "0")))
 
 
 def new_launch() -> str:
@@ -99,8 +194,12 @@ def new_launch() -> str:
 def from_rank_zero(world: World, folder: Path, make: Callable[[], bytes]) -> bytes:
     """What rank 0 made, at every rank of the launch: the one exchange, at start-up, and none after it.
 
-    Under torchrun it goes through the launcher's own key-value store; under srun through a file in `folder`,
-    which all ranks share, named after the job step. Never NCCL. Ranks that cannot agree each get their own.
+    Under torchrun it goes through the launcher's own key-value store; under srun and mpirun through a file below
+    `folder`, which all ranks share, in a folder named after the launch. Never NCCL. Ranks that cannot agree each get
+    their own.
+
+    Raises:
+        Refused: rank 0 has refused, or has failed to make it.
     """
     if world.size == 1 or not world.can_agree:
         return make()
@@ -140,45 +239,37 @@ def take(store: Any) -> bytes:
     return b"".join(store.get(f"plan/{number}") for number in range(int(store.get("plan"))))
 
 
-def _through_file(world: World, path: Path, make: Callable[[], bytes]) -> bytes:
-    if world.main:
-        payload = make()
-        publish(path, lambda temporary: temporary.write_bytes(payload))
-        return payload
-    deadline = time.monotonic() + START_UP_SECONDS
+def _through_file(world: World, folder: Path, make: Callable[[], bytes]) -> bytes:
+    """The launch's plan. Rank 0 makes it at once, and each further rank where all before it seem not to live.
+
+    A script may run the program several times in one job step: each rank takes each plan once, in their order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = f"-taken-by-{world.rank}"
+    path = folder / f"plan-{len(list(folder.glob(f'*{taken}'))) + 1}"
+    turn = time.monotonic() + STAND_IN_SECONDS * world.rank
     pause = 0.1
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise Refused(
-                f"rank {world.rank} waited {START_UP_SECONDS} s for rank 0's plan in {path}; "
-                "check that rank 0 runs and that all ranks see the same output folder"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
-    return path.read_bytes()
+    try:
+        while not path.exists():
+            if time.monotonic() >= turn:
+                _publish_plan(path, make)
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+    finally:
+        path.with_name(path.name + taken).touch()
+    kind, _, payload = path.read_bytes().partition(b"\n")
+    if kind != PLAN:
+        raise Refused(payload.decode())
+    return payload
 
 
-class StopFlag:
-    """Set by TERM, INT, USR1 or USR2; the loop looks at it between batches. A second request ends the process."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._since = 0.0
-
-    def install(self) -> StopFlag:
-        """Take the signals over. Before this call they end the process at once, which harms nothing either."""
-        for number in self.SIGNALS:
-            signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self._since = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._since > REPEAT_SECONDS:
-            os._exit(128 + number)
-
-    def requested(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self.signal is not None
+def _publish_plan(path: Path, make: Callable[[], bytes]) -> None:
+    """Make the plan, and leave it, or why there is none, for all ranks: the first one that is there counts."""
+    try:
+        content = PLAN + b"\n" + make()
+    except Exception as error:
+        reason = str(error) if isinstance(error, Refused) else f"another rank could not begin: {one_line(error)}"
+        publish(path, lambda temporary: temporary.write_bytes(NO_PLAN + b"\n" + reason.encode()), replace=False)
+        raise
+    publish(path, lambda temporary: temporary.write_bytes(content), replace=False)

@@ -27,7 +27,7 @@ from tests.benchmarks.runs import random_run
 from vqa_embeddings import merge, parts, shards
 from vqa_embeddings.options import parse_merge
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.run import COVERAGE_FILE, check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.run import COVERAGE_FILE, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.shards import ShardWriter
 from vqa_embeddings.table import Table, read_table
 
@@ -127,7 +127,8 @@ def _make_output(folder: Path, rows: int) -> Path:
     table_of_rows = read_table(source)
     run = random_run(len(table_of_rows), table_of_rows.fingerprint(), LAYERS, HIDDEN, VISION)
     check_run(out, run)
-    claim_run(out, run, lambda target: shutil.copy(source, target))
+    claim_run(out, run)
+    keep_rows(out, lambda target: shutil.copy(source, target))
     run = read_run(out)
     content = read_run_rows(out, run)
     random = np.random.default_rng(rows)

@@ -28,7 +28,7 @@ from vqa_embeddings.holdings import Holdings
 from vqa_embeddings.merge import Outcome, _report
 from vqa_embeddings.plan import PICTURE_COST, share_rows, split
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.run import check_run, claim_run, read_run, read_run_rows
+from vqa_embeddings.run import check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.shards import Segment, ShardWriter, read_segments
 from vqa_embeddings.stages import Stages
 from vqa_embeddings.table import read_table
@@ -142,7 +142,8 @@ def _plan(clock: Stages, path: Path, out: Path) -> float:
     with clock("begin the run, with a copy of the CSV"):
         run = random_run(len(rows), fingerprint, LAYERS, HIDDEN, VISION)
         check_run(out, run)
-        claim_run(out, run, lambda target: shutil.copyfile(path, target))
+        claim_run(out, run)
+        keep_rows(out, lambda target: shutil.copyfile(path, target))
     return _slowest_over_mean(pictures, split(pictures, pending, SHARES))
 
 
