@@ -5,6 +5,8 @@ Run it at any time, any number of times: it verifies every segment, writes each 
 for, leaves what is right alone, and says what is missing (missing.csv) and what failed (failed.csv).
 To look at a run that is under way, from a login node:
     python merge_shards.py --output-dir OUT --check
+Where mpi4py is installed, several ranks share the work, of one node or of many:
+    mpirun -n 8 python merge_shards.py --output-dir OUT
 
 Exit status: 0 all rows extracted; 3 rows missing; 4 none missing, some failed; 2 refused; 1 error.
 """
@@ -16,7 +18,7 @@ import sys
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.options import parse_merge
 from vqa_embeddings.voice import refuse
-from vqa_embeddings.world import World
+from vqa_embeddings.world import World, read_ranks
 
 
 def main() -> int:
@@ -24,10 +26,16 @@ def main() -> int:
     options = parse_merge(__doc__)
     from vqa_embeddings.merge import check, merge
 
+    world = World()
     try:
-        outcome = check(options.output_dir) if options.check else merge(options)
+        world = read_ranks()
+        if options.check and not world.main:
+            return 0
+        outcome = check(options.output_dir) if options.check else merge(options, world)
     except Refused as refusal:
-        return refuse(refusal, World())
+        return refuse(refusal, world)
+    if outcome is None:  # a rank that has helped
+        return 0
     print(*outcome.sentences(options), sep="\n")
     return outcome.status
 

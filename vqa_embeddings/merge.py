@@ -22,11 +22,13 @@ from vqa_embeddings.records import Failed
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
 from vqa_embeddings.shards import Corrupt, checksum_path, find_damage
 from vqa_embeddings.table import Table, read_rows, select
-from vqa_embeddings.workers import Workers, start_workers
+from vqa_embeddings.workers import Workers, gather_ranks, start_workers
+from vqa_embeddings.world import World
 
 MISSING_FILE = "missing.csv"
 FAILED_FILE = "failed.csv"
 COMPLETE, INCOMPLETE, SOME_FAILED = 0, 3, 4  # exit statuses
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,22 @@ def check(folder: Path) -> Outcome:
     return Outcome(run, holdings.coverage(), [], holdings.corrupt, 0, 0)
 
 
-def merge(options: MergeOptions) -> Outcome:
+def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
     """Write every part whose rows are all accounted for, and say what has become of each row.
 
+    The ranks of an `mpirun`, or of an `srun` with MPI, share the work.
+
+    Returns:
+        What rank 0 has found and done; `None` at the others.
     Raises:
         Refused: the folder holds no run, or parts of another size.
     """
-    run = read_run(options.output_dir)
-    table = read_run_rows(options.output_dir, run)
-    with start_workers(options.jobs) as workers:
-        return _merge(options, run, table, workers)
+    crew = start_workers(options.jobs) if world.size == 1 else gather_ranks(world, options.jobs)
+    with crew as workers:
+        if workers is None:
+            return None
+        run = read_run(options.output_dir)
+        return _merge(options, run, read_run_rows(options.output_dir, run), workers)
 
 
 def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> Outcome:

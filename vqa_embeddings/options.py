@@ -92,7 +92,7 @@ def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOp
     add("--verify", action="store_true", help="hash the parts that are already there too, and mend damaged ones")
     add("--part-size", type=_positive, metavar="S", default=1000, help="rows of the CSV in a part (%(default)s)")
     add("--compression", choices=["none", "gzip"], default="none", help="gzip as published, or none (%(default)s)")
-    add("--jobs", type=_positive, metavar="N", default=1, help="processes that write parts (%(default)s)")
+    add("--jobs", type=_positive, metavar="N", default=1, help="processes, where there are no ranks (%(default)s)")
     add("--prune", action="store_true", help="then remove the segments whose rows all lie in verified parts")
     return MergeOptions(**vars(parser.parse_args(argv)))
 
