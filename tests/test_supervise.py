@@ -1,0 +1,105 @@
+"""What is said and done after a launch: by the rows that the folder holds, and by what Slurm says of the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_merge import ROWS, begin_run, commit
+
+from vqa_embeddings.demo import DATA
+from vqa_embeddings.records import Failed
+from vqa_embeddings.supervise import Left, count_fruitless, is_to_go_on
+from vqa_embeddings.world import read_queued_job
+
+ARGUMENTS = ["--vqa-dataset", str(DATA / "vqa.csv"), "--images-dir", str(DATA)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"JobState": "RUNNING", "Reason": "None"}, True),
+        ({"JobState": "COMPLETING", "Reason": "TimeLimit"}, True),
+        ({"JobState": "TIMEOUT", "Reason": "TimeLimit"}, True),
+        ({"JobState": "COMPLETING", "Reason": "None"}, False),
+        ({"JobState": "CANCELLED", "Reason": "None"}, False),
+        ({"JobState": "RUNNING", "Reason": "None", "BatchFlag": "0"}, False),
+    ],
+    ids=["signalled", "time limit", "after it", "cancelled", "cancelled before", "salloc"],
+)
+def test_a_job_goes_on_unless_somebody_ended_it(facts, expected):
+    assert is_to_go_on({"BatchFlag": "1", **facts}) == expected
+
+
+@pytest.mark.parametrize(
+    ("earlier", "before", "left", "expected"),
+    [
+        (0, Left(9, 9), Left(5, 9), 0),
+        (0, Left(5, 9), Left(5, 9), 1),
+        (1, Left(5, 9), Left(5, 9), 2),
+        (1, Left(5, 9), Left(4, 9), 0),
+        (0, Left(), Left(9, 9), 1),
+        (0, Left(), Left(8, 9), 0),
+        (1, Left(), Left(), 2),
+    ],
+)
+def test_runs_that_commit_nothing_are_counted_in_a_row(earlier, before, left, expected):
+    assert count_fruitless(earlier, before, left) == expected
+
+
+def test_a_job_has_the_name_that_scontrol_knows():
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "3"}
+    assert (read_queued_job(array).name, read_queued_job(array).restarts) == ("7_2", 3)
+    assert (read_queued_job({"SLURM_JOB_ID": "9"}).name, read_queued_job({"SLURM_JOB_ID": "9"}).restarts) == ("9", 0)
+    assert read_queued_job({}) is None
+
+
+def supervise(launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "vqa_embeddings.supervise", *launcher, "--", *ARGUMENTS, *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_the_launch_refused_or_broke_is_passed_on(tmp_path, status):
+    launch = supervise(["bash", "-c", f"exit {status}"], "--output-dir", str(tmp_path))
+    said, _ = launch.communicate(timeout=60)
+    assert launch.returncode == status
+    assert f"ended with status {status} and nothing begun" in said
+
+
+def test_a_launch_that_says_it_did_well_is_not_believed(tmp_path):
+    """As mpirun and srun do after a rank has died, or a node."""
+    launch = supervise(["true"], "--output-dir", str(tmp_path))
+    assert "a rank was stopped, or has died, with nothing begun" in launch.communicate(timeout=60)[0]
+    assert launch.returncode == 1
+
+
+def test_rows_that_fail_again_are_no_reason_to_go_on(tmp_path):
+    out = begin_run(tmp_path)
+    commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in range(ROWS)])
+    launch = supervise(["true"], "--output-dir", str(out), "--retry-failed")
+    assert f"tried again what had failed, with {ROWS} of its {ROWS} rows left" in launch.communicate(timeout=60)[0]
+    assert launch.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "passed_on"), [("accelerate", "TERM"), ("srun", "USR1"), ("mpirun", "USR1")])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_go_on_as_one_that_the_launcher_hands_to_its_ranks(tmp_path, name, passed_on, sent):
+    launcher = tmp_path / name
+    heard = "; ".join(f"trap 'echo heard {number}; exit 1' {number}" for number in ("TERM", "USR1"))
+    launcher.write_text(f"#!/bin/bash\n{heard}\necho ready\nwhile :; do sleep 0.1; done\n")
+    launcher.chmod(0o755)
+    launch = supervise([str(launcher)], "--output-dir", str(tmp_path / "out"))
+    assert launch.stdout.readline() == "ready\n"
+    launch.send_signal(sent)
+    said, _ = launch.communicate(timeout=60)
+    assert said.splitlines() == [
+        f"heard {passed_on}",
+        "launch: stopped by a signal, with nothing begun; the same command continues",
+    ]
+    assert launch.returncode == 0
