@@ -5,7 +5,8 @@
 #     bash launch/demo.sh [OUTPUT_FOLDER]
 set -euo pipefail
 out=$(realpath -m "${1:-demo_output}")
-cd "$(dirname "$0")/.."
+home=$(realpath "$(dirname "$0")/..")
+cd "$home"
 . launch/environment.sh
 install_environment
 

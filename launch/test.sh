@@ -2,8 +2,12 @@
 # Lint, types and the whole test suite, in the environment of launch/demo.sh with the test extra. Uses a GPU where
 # there is one. Arguments go to pytest:
 #     bash launch/test.sh [-k NAME]
+# The tests on a real Slurm and under Open MPI run where there are root and Debian's packages, and are skipped with a
+# reason elsewhere:
+#     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 openmpi-bin
 set -euo pipefail
-cd "$(dirname "$0")/.."
+home=$(realpath "$(dirname "$0")/..")
+cd "$home"
 . launch/environment.sh
 install_environment test
 
