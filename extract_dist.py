@@ -26,15 +26,18 @@ def main() -> int:
     """Parse and run. Returns the exit status: 0 done, or stopped by a signal; 2 refused before any work."""
     options = parse_extract(__doc__)
     world = World()
+    stop = StopFlag().install(
+        lambda name: say_for_rank(world, f"stopped by {name} before a row was begun; the same command continues")
+    )
     try:
         world = read_world()
-        extract_share(options, world)
+        extract_share(options, world, stop)
     except Refused as refusal:
         return refuse(refusal, world)
     return 0
 
 
-def extract_share(options: ExtractOptions, world: World) -> None:
+def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
     from vqa_embeddings.checkpoint import find_checkpoint
     from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
@@ -74,7 +77,8 @@ def extract_share(options: ExtractOptions, world: World) -> None:
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, write_rows)
     assert options.images_dir is not None
-    stop, stages = StopFlag().install(), Stages()
+    stop.defer()
+    stages = Stages()
     settings = options.batch_size, options.num_workers
     records = extract(engine, table, launch.rows, options.images_dir, *settings, stop.requested, stages)
     shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)

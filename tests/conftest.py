@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from subprocess import DEVNULL
+from typing import IO
 
 import psutil
 import pytest
@@ -55,14 +57,19 @@ def command(ranks: int, *arguments: object) -> list[str]:
     return launcher + script
 
 
-def begin(arguments: list[str], stdout: int = subprocess.DEVNULL, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=environment)
+def settings_for_runs(environment: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+
+
+def begin(
+    arguments: list[str], stdout: int | IO[bytes] = DEVNULL, stderr: int | IO[bytes] = DEVNULL, **environment: str
+) -> subprocess.Popen:
+    return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=settings_for_runs(environment))
 
 
 def run(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **settings}, timeout=600)
+    settings = settings_for_runs(environment)
+    return subprocess.run(arguments, capture_output=True, text=True, env=settings, timeout=600)
 
 
 def merge(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, arguments_for, merge, run, table_rows, write_table
+from conftest import ROOT, TERMS, arguments_for, merge, run, table_rows, write_table
 from published_reader import read_published
+from running import Running, assert_complete, stop_at_random_moments
 from test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from test_rows import assert_equal_to_reference
 
@@ -274,6 +276,19 @@ def test_the_launch_files_extract_and_merge(tmp_path, mpirun, photographs):
     merged = run(["bash", str(ROOT / "launch/mpi/merge.sh"), *map(str, folder)], **chosen)
     assert merged.returncode == 0, merged.stderr
     assert merged.stdout.count("rows: 31; extracted: 31; failed: 0; missing: 0") == 1
+
+
+def test_term_to_the_launch_file_at_random_moments_loses_nothing_that_was_finished(
+    tmp_path, mpirun, many_rows, checkpoint, expected
+):
+    out = tmp_path / "out"
+    arguments = [*arguments_for(many_rows, checkpoint), "--batch-size", 1, "--output-dir", out]
+    line = ["bash", str(ROOT / "launch/mpi/extract.sh"), *map(str, arguments)]
+    chosen = {**mpirun.settings, "MPIRUN": mpirun.command[0], "NPROC": "2"}
+    stop_at_random_moments((Running(line, out, tmp_path / f"log{n}", **chosen) for n in range(TERMS)), random.Random(7))
+    done = run(line, **chosen)
+    assert done.returncode == 0, done.stderr
+    assert_complete(out, expected)
 
 
 COMMIT = """

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
-import h5py
-import psutil
 import pytest
 from conftest import (
     COPIES,
     ROOT,
     TERMS,
     arguments_for,
-    begin,
     command,
     merge,
-    of_copies,
     processes,
     run,
     segments,
@@ -36,13 +29,12 @@ from conftest import (
     write_table,
 )
 from published_reader import read_published
+from running import LIMIT, Running, assert_complete, everyone, listens, stop_at_random_moments, until
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.images import read_ahead
 from vqa_embeddings.signals import StopFlag
-
-LIMIT = 20  # seconds from a signal to the end
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -51,81 +43,16 @@ def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def until(condition: Callable[[], object], launch: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert launch.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-Processes = list[psutil.Process]  # of a launch, the launcher first
-
-
-def the_launcher(launch: Processes) -> Processes:
-    return launch[:1]
-
-
-def everyone(launch: Processes) -> Processes:
-    return launch
-
-
-def listens(process: psutil.Process) -> bool:
-    """Whether TERM does not simply end the process."""
-    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
-    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-class Running:
-    """A launch, and what it says."""
-
-    def __init__(self, out: Path, log: Path, ranks: int, *arguments: object) -> None:
-        self.out, self._said, self._shown = out, log.with_suffix(".out"), log.with_suffix(".err")
-        self._before = set(segments(out))
-        with open(self._said, "wb") as said, open(self._shown, "wb") as shown:
-            self.process = begin(command(ranks, *arguments, "--output-dir", out), stdout=said, stderr=shown)
-
-    def bar(self) -> int:
-        """Rows that the bar, which is the main rank's, counts as done."""
-        return max(map(int, re.findall(r" (\d+)/\d+ \[", self.shown())), default=0)
-
-    def shown(self) -> str:
-        return self._shown.read_text()
-
-    def said(self) -> str:
-        return self._said.read_text()
-
-    def until_rows_are_done(self) -> None:
-        until(self.bar, self.process)
-
-    def ends(self, number: signal.Signals, whom: Callable[[Processes], Processes] = the_launcher) -> int:
-        """The exit status after a signal to some of the processes, within the limit; then none of them is left."""
-        started = processes(self.process)
-        for process in whom(started):
-            process.send_signal(number)
-        status = self.process.wait(LIMIT)
-        assert not psutil.wait_procs(started, 1)[1], "a rank outlived its launcher"
-        return status
-
-    def committed(self) -> Counter[int]:
-        """Rows in the segments of this launch, by rank."""
-        rows: Counter[int] = Counter()
-        for path in set(segments(self.out)) - self._before:
-            with h5py.File(path) as file:
-                rows[int(path.parent.name.rpartition("-r")[2])] += len(file["row"])
-        return rows
-
-    def reported(self) -> dict[int, tuple[int, int, int]]:
-        """What each rank says that it has extracted, what failed, and what is left."""
-        found = re.findall(r"(?:rank (\d+): )?(\d+) rows extracted, (\d+) failed, (\d+) left", self.said())
-        return {int(rank or 0): (int(rows), int(failed), int(left)) for rank, rows, failed, left in found}
+def start(out: Path, log: Path, ranks: int, *arguments: object) -> Running:
+    return Running(command(ranks, *arguments, "--output-dir", out), out, log)
 
 
 ASKED = """
 import hashlib, os, sys, time
 from vqa_embeddings import signals
 signals.REPEAT_SECONDS = 0.5
-stop = signals.StopFlag().install()
+stop = signals.StopFlag().install(print)
+stop.defer()
 for _ in range(3):  # the scheduler's, and what the launcher passes on
     os.kill(os.getpid(), signals.signal.{name})
     time.sleep(0.05)
@@ -159,7 +86,7 @@ def write(path):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 
-signals.StopFlag().install()
+signals.StopFlag().install(print).defer()
 publish(Path(sys.argv[1]), write)
 """
 
@@ -182,7 +109,7 @@ class Late:
 late = Late()
 
 def main():
-    StopFlag().install()
+    StopFlag().install(print).defer()
     threading.Thread(target=time.sleep, args=(60,)).start()
     print("done")
     {last}
@@ -218,15 +145,19 @@ def test_a_picture_that_does_not_come_is_not_waited_for_after_a_request():
     assert list(read_ahead(["fourth"], prepare, 0, stopping)) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["importing", "loading"])
-def test_an_interrupted_start_is_quiet_and_harmless(tmp_path, photographs, moment):
-    launch = Running(tmp_path / "out", tmp_path / "log", 0, *photographs)
+def test_a_start_that_is_stopped_ends_well_and_harms_nothing(tmp_path, photographs, moment, number):
+    launch = start(tmp_path / "out", tmp_path / "log", 0, *photographs)
     if moment == "importing":
         until(lambda: "libtorch" in Path(f"/proc/{launch.process.pid}/maps").read_text(), launch.process)
     else:
         until(lambda: "device:" in launch.said(), launch.process)
-    assert launch.ends(signal.SIGINT) == -signal.SIGINT
-    assert "Traceback" not in launch.shown()
+    assert launch.ends(number) == 0
+    assert launch.said().splitlines()[-1] == (
+        f"stopped by {number.name} before a row was begun; the same command continues"
+    )
+    assert not launch.shown()
     assert not segments(tmp_path / "out")
 
 
@@ -247,7 +178,7 @@ def test_a_run_whose_pictures_do_not_come_ends_in_time_with_what_was_finished(tm
     rows = [row for row in table_rows() if row["image_id"] in ("rocket.jpg", "hubble.jpg")]
     table = write_table(tmp_path / "vqa.csv", rows)
     inputs = [*arguments_for(table, checkpoint, stuck_picture), "--batch-size", 1, "--checkpoint-interval", 2]
-    launch = Running(tmp_path / "out", tmp_path / "log", 0, *inputs)
+    launch = start(tmp_path / "out", tmp_path / "log", 0, *inputs)
     until(lambda: segments(tmp_path / "out"), launch.process)
     time.sleep(1)  # the third row is done too, and nothing is left but to wait
     assert launch.ends(signal.SIGTERM) == 0
@@ -267,7 +198,7 @@ def endless(tmp_path, checkpoint) -> list[object]:
 @pytest.mark.parametrize("last", [signal.SIGKILL, signal.SIGTERM], ids=["a kill", "a second signal"])
 def test_what_was_finished_is_committed_before_the_rows_in_hand_are_done(tmp_path, endless, last):
     """Open MPI kills two seconds after it asked. A second request does not wait for the rows in hand either."""
-    launch = Running(tmp_path / "out", tmp_path / "log", 0, *endless)
+    launch = start(tmp_path / "out", tmp_path / "log", 0, *endless)
     until(lambda: launch.bar() == 3, launch.process)
     launch.process.terminate()
     asked = time.monotonic()
@@ -285,7 +216,7 @@ def test_what_was_finished_is_committed_before_the_rows_in_hand_are_done(tmp_pat
 def test_a_run_asked_to_stop_commits_the_batch_in_hand(tmp_path, many_rows, checkpoint, ranks):
     """Alone it exits 0. Of two ranks, each is asked as by a scheduler: at once with the launcher, which asks again."""
     inputs = [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
-    launch = Running(tmp_path / "out", tmp_path / "log", ranks, *inputs)
+    launch = start(tmp_path / "out", tmp_path / "log", ranks, *inputs)
     launch.until_rows_are_done()
     until(lambda: all(map(listens, processes(launch.process))), launch.process)
     done = launch.bar()
@@ -303,38 +234,17 @@ def test_a_run_asked_to_stop_commits_the_batch_in_hand(tmp_path, many_rows, chec
 def test_term_to_accelerate_at_random_moments_loses_nothing_that_was_finished(
     tmp_path, many_rows, checkpoint, expected
 ):
-    chance = random.Random(11)
     out, inputs = tmp_path / "out", [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
-    at_work = 0
-    starting = 0.0  # seconds that a start takes here
-    for number in range(TERMS):
-        begun = time.monotonic()
-        launch = Running(out, tmp_path / f"log{number}", 2, *inputs)
-        if starting and chance.random() < 0.25:
-            time.sleep(chance.uniform(0, starting))
-        else:
-            launch.until_rows_are_done()
-            starting = starting or time.monotonic() - begun
-            time.sleep(chance.uniform(0, 0.5))
-        done = launch.bar()
-        launch.ends(signal.SIGTERM)
-        committed = launch.committed()
-        assert {rank: rows for rank, (rows, _, _) in launch.reported().items() if rows} == committed
-        assert committed[0] >= done, "rows that were finished are lost"
-        at_work += committed.total() > 0
-    assert at_work >= TERMS // 2, "too few of the signals came while there was something to lose"
+    launches = (start(out, tmp_path / f"log{number}", 2, *inputs) for number in range(TERMS))
+    stop_at_random_moments(launches, random.Random(11))
     assert run(command(2, *inputs, "--output-dir", out)).returncode == 0
-    assert merge(out).returncode == 0
-    rows = read_published(out)
-    assert_equal_to_reference(rows, of_copies(expected, rows))
-    assert len(rows) == 31 * COPIES
-    assert json.loads((out / "coverage.json").read_text())["duplicates"] == 0
+    assert_complete(out, expected)
 
 
 def test_a_rank_that_dies_costs_the_other_nothing(tmp_path, many_rows, checkpoint):
     """torchrun ends the other one, which commits first."""
     inputs = [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
-    launch = Running(tmp_path / "out", tmp_path / "log", 2, *inputs)
+    launch = start(tmp_path / "out", tmp_path / "log", 2, *inputs)
     launch.until_rows_are_done()
     done = launch.bar()
     victims = [process for process in processes(launch.process)[1:] if process.environ().get("RANK") == "1"]
@@ -346,7 +256,7 @@ def test_a_rank_that_dies_costs_the_other_nothing(tmp_path, many_rows, checkpoin
 
 def test_of_two_launches_with_different_settings_at_the_same_moment_one_is_refused(tmp_path, photographs, expected):
     logs = [tmp_path / "merged", tmp_path / "adapter"]
-    launches = [Running(tmp_path / "out", log, 0, *photographs, "--lora", log.name) for log in logs]
+    launches = [start(tmp_path / "out", log, 0, *photographs, "--lora", log.name) for log in logs]
     statuses = [launch.process.wait(300) for launch in launches]
     assert sorted(statuses) == [0, 2], [launch.shown() for launch in launches]
     refused = launches[statuses.index(2)]

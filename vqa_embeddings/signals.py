@@ -20,6 +20,8 @@ REPEAT_SECONDS = 1.0
 class StopFlag:
     """Set by TERM, INT, USR1 or USR2; the loop looks at it between units of work. A second request ends the process.
 
+    So does the first, with status 0, until `defer` is called: while the model is loaded there is nothing to lose.
+
     A thread of its own hears the signals: Python's handlers wait until the main thread has computed what it is at,
     which would keep a second signal waiting, and make the echo of the first look like a second.
     """
@@ -30,9 +32,15 @@ class StopFlag:
         self.signal: str | None = None
         self._since = 0.0
         self._told = False
+        self._deferred = False
 
-    def install(self) -> StopFlag:
-        """Take the signals over. Before this call they end the process at once, which harms nothing either."""
+    def install(self, say_farewell: Callable[[str], object]) -> StopFlag:
+        """Take the signals over. Before this call they end the process at once, which harms nothing either.
+
+        Args:
+            say_farewell: is called with the signal's name where the first request ends the process.
+        """
+        self._say_farewell = say_farewell
         ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth)
@@ -40,6 +48,10 @@ class StopFlag:
         for number in self.SIGNALS:
             signal.signal(number, lambda number, frame: None)
         return self
+
+    def defer(self) -> None:
+        """From here on there are rows to lose: a request only sets the flag."""
+        self._deferred = True
 
     def requested(self) -> bool:
         """Whether the run was asked to stop."""
@@ -60,6 +72,9 @@ class StopFlag:
     def _hear(self, number: int) -> None:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
+            if not self._deferred:
+                self._say_farewell(self.signal)
+                os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
 

@@ -1,0 +1,121 @@
+"""A launch under way, which is asked to stop: what it shows, says and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import h5py
+import psutil
+from conftest import COPIES, TERMS, begin, merge, of_copies, processes, segments
+from published_reader import read_published
+from test_rows import assert_equal_to_reference
+
+LIMIT = 20  # seconds from a signal to the end
+
+
+def until(condition: Callable[[], object], launch: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert launch.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+Processes = list[psutil.Process]  # of a launch, the launcher first
+
+
+def the_launcher(launch: Processes) -> Processes:
+    return launch[:1]
+
+
+def everyone(launch: Processes) -> Processes:
+    return launch
+
+
+def listens(process: psutil.Process) -> bool:
+    """Whether TERM does not simply end the process."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+class Running:
+    """A launch into `out`, and what it says."""
+
+    def __init__(self, line: list[str], out: Path, log: Path, **environment: str) -> None:
+        self.out, self._said, self._shown = out, log.with_suffix(".out"), log.with_suffix(".err")
+        self._before = set(segments(out))
+        with open(self._said, "wb") as said, open(self._shown, "wb") as shown:
+            self.process = begin(line, said, shown, **environment)
+
+    def bar(self) -> int:
+        """Rows that the bar, which is the main rank's, counts as done."""
+        return max(map(int, re.findall(r" (\d+)/\d+ \[", self.shown())), default=0)
+
+    def shown(self) -> str:
+        return self._shown.read_text()
+
+    def said(self) -> str:
+        return self._said.read_text()
+
+    def until_rows_are_done(self) -> None:
+        until(self.bar, self.process)
+
+    def ends(self, number: signal.Signals, whom: Callable[[Processes], Processes] = the_launcher) -> int:
+        """The exit status after a signal to some of the processes, within the limit; then none of them is left."""
+        started = processes(self.process)
+        for process in whom(started):
+            process.send_signal(number)
+        status = self.process.wait(LIMIT)
+        assert not psutil.wait_procs(started, 1)[1], "a rank outlived its launcher"
+        return status
+
+    def committed(self) -> Counter[int]:
+        """Rows in the segments of this launch, by rank."""
+        rows: Counter[int] = Counter()
+        for path in set(segments(self.out)) - self._before:
+            with h5py.File(path) as file:
+                rows[int(path.parent.name.rpartition("-r")[2])] += len(file["row"])
+        return rows
+
+    def reported(self) -> dict[int, tuple[int, int, int]]:
+        """What each rank says that it has extracted, what failed, and what is left."""
+        found = re.findall(r"(?:rank (\d+): )?(\d+) rows extracted, (\d+) failed, (\d+) left", self.said())
+        return {int(rank or 0): (int(rows), int(failed), int(left)) for rank, rows, failed, left in found}
+
+
+def stop_at_random_moments(launches: Iterable[Running], chance: random.Random) -> None:
+    """Ask each launch to stop, some while they start: it loses no row that its bar had counted."""
+    at_work = 0
+    starting = 0.0  # seconds that a start takes here
+    for launch in launches:
+        begun = time.monotonic()
+        if starting and chance.random() < 0.25:
+            time.sleep(chance.uniform(0, starting))
+        else:
+            launch.until_rows_are_done()
+            starting = starting or time.monotonic() - begun
+            time.sleep(chance.uniform(0, 0.5))
+        done = launch.bar()
+        launch.ends(signal.SIGTERM)
+        committed = launch.committed()
+        assert {rank: rows for rank, (rows, _, _) in launch.reported().items() if rows} == committed
+        assert committed[0] >= done, "rows that were finished are lost"
+        at_work += committed.total() > 0
+    assert at_work >= TERMS // 2, "too few of the signals came while there was something to lose"
+
+
+def assert_complete(out: Path, expected: dict[str, object]) -> None:
+    """Every row of `many_rows` is there, once, with the values of an undisturbed run."""
+    assert merge(out).returncode == 0
+    rows = read_published(out)
+    assert_equal_to_reference(rows, of_copies(expected, rows))
+    assert len(rows) == 31 * COPIES
+    assert json.loads((out / "coverage.json").read_text())["duplicates"] == 0
