@@ -43,8 +43,8 @@ enter_environment() {
 # count_gpus: print how many GPUs this job, or this machine, has; 1 where there is none.
 count_gpus() {
     local gpus=0
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
     elif command -v nvidia-smi > /dev/null; then
         gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)
     fi
@@ -56,7 +56,7 @@ extract_here() {
     local ranks=$1 launcher=(python)
     shift
     if [ "$ranks" -gt 1 ]; then
-        launcher=(accelerate launch --config_file "$home/launch/accelerate/one_node.yaml" --num_processes "$ranks")
+        launcher=(python -m accelerate.commands.launch --config_file "$home/launch/accelerate/one_node.yaml" --num_processes "$ranks")
     fi
     exec python -m vqa_embeddings.supervise "${launcher[@]}" "$home/extract_dist.py" -- "$@"
 }

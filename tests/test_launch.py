@@ -32,6 +32,25 @@ def test_a_job_script_runs_on_this_machine(tmp_path, photographs, script):
     assert "launch: all 31 rows accounted for" in done.stdout
 
 
+def test_a_signal_before_the_launch_listens_and_a_step_around_sbatch_do_not_mislead_a_job(tmp_path, photographs):
+    """Slurm runs a copy of the script, in the environment of the shell that sbatch was called from."""
+    script = shutil.copy(LAUNCH / "slurm" / "array.sbatch", tmp_path / "slurm_script")
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && kill -USR2 $PPID && kill -USR1 $PPID\nexec {sys.executable} "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEPID": "0"}
+    done = run(
+        ["bash", str(script), *map(str, photographs), "--max-new-tokens", "1", "--output-dir", str(tmp_path / "out")],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        VQA_EMBEDDINGS_HOME=str(ROOT),
+        NPROC="1",
+        **step,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "launch: all 31 rows accounted for" in done.stdout
+
+
 def test_the_configuration_for_cpus_starts_two_ranks(tmp_path, photographs):
     config = str(LAUNCH / "accelerate" / "cpu.yaml")
     done = run(
@@ -77,11 +96,27 @@ def test_what_cannot_be_right_is_refused_before_it_is_in_the_queue(tmp_path):
         (["--tasks", "4", "--demo"], "no -- before the arguments"),
         (["--", "--images-dir", "x"], "--vqa-dataset not given"),
         (["--", "--demo", "--slice", "3/3"], "i runs from 0 to n-1"),
+        (["--wait", "--", "--demo"], "--wait does not go with a merge"),
+        (["--", "--demo", "--slice", "0/2"], "each task's slice is the array's"),
+        (["--", "--demo", "--help"], "usage: extract_dist.py"),
     ]:
         done = submit(*arguments, path=path)
-        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert (done.returncode, done.stdout) == (0 if "--help" in arguments else 2, ""), arguments
         assert reason in done.stderr
-    assert submit("--tasks", "2", "--", "--demo", path=path).stdout == "array job 1\nmerge job 1\n"
+
+
+def test_the_merge_waits_for_the_array_where_that_may_run(tmp_path):
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/said\necho "7;far"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    where = ["-A", "group", "--partition=low", "-Mfar", "--mail-user", "me"]
+    done = submit("--tasks", "3", *where, "--time=9", "--export=NONE", "--", "--demo", "--output-dir", "a b", path=path)
+    assert done.stdout == "array job 7\nmerge job 7\n"
+    array, merge = (tmp_path / "said").read_text().splitlines()
+    known = "--export=VQA_EMBEDDINGS_HOME,NPROC"
+    scripts = [f"{LAUNCH}/slurm/{name}.sbatch" for name in ("array", "merge")]
+    assert array == f"--parsable --array=0-2 {' '.join(where)} --time=9 {known} {scripts[0]} --demo --output-dir a b"
+    assert merge == f"--parsable {' '.join(where)} {known} --dependency=afterany:7 {scripts[1]} --output-dir a b"
 
 
 def test_without_a_queue_submitting_says_what_to_do(tmp_path):

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, TERMS, arguments_for, merge, run, table_rows, write_table
+from conftest import ROOT, TERMS, arguments_for, kill, merge, processes, run, table_rows, write_table
 from published_reader import read_published
 from running import Running, assert_complete, stop_at_random_moments
 from test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
@@ -289,6 +289,39 @@ def test_term_to_the_launch_file_at_random_moments_loses_nothing_that_was_finish
     done = run(line, **chosen)
     assert done.returncode == 0, done.stderr
     assert_complete(out, expected)
+
+
+WAITING = """
+import sys, time
+from vqa_embeddings.world import read_ranks, read_world
+if read_ranks().main:
+    time.sleep(60)
+read_world()
+"""
+
+
+def test_a_rank_that_ends_while_it_waits_for_the_others_leaves_nothing_behind(tmp_path, mpirun):
+    """Its part of MPI would wait for them for good, and mpirun for it."""
+    launch = mpirun.begin(2, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", WAITING)
+    try:
+        found: list[psutil.Process] = []
+        deadline = time.monotonic() + 30
+        while not found and time.monotonic() < deadline:
+            started = psutil.Process(launch.pid).children(recursive=True)
+            found = [process for process in started if "print_key" in " ".join(process.cmdline())]
+        time.sleep(1)  # until it is in MPI
+        found[0].parent().kill()
+        assert not psutil.wait_procs(found, 5)[1]
+    finally:
+        kill(processes(launch))
+        launch.communicate()
+
+
+def test_a_rank_that_is_asked_to_stop_before_there_is_a_python_does_not_begin(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -USR1 $PPID\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    done = run([*map(str, RANK), "--demo"], PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 COMMIT = """

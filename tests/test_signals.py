@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
+import psutil
 import pytest
 from conftest import (
     COPIES,
@@ -70,6 +71,24 @@ def test_the_first_signal_asks_its_echoes_are_ignored_and_a_later_one_ends_at_on
     asked.send_signal(signal.SIGUSR1)
     assert asked.wait(5) == 128 + signal.SIGUSR1
     assert not asked.stderr.read()
+
+
+HEARING = """
+import os, signal, time
+from vqa_embeddings.signals import StopFlag
+
+def say(name):
+    raise OSError("nobody reads this")
+
+signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)  # as MPICH's launcher hands it down
+StopFlag().install(say)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_request_is_heard_whatever_the_launcher_blocks_and_whoever_listens():
+    assert python(HEARING).wait(10) == 0
 
 
 WRITING = """
@@ -239,6 +258,19 @@ def test_term_to_accelerate_at_random_moments_loses_nothing_that_was_finished(
     stop_at_random_moments(launches, random.Random(11))
     assert run(command(2, *inputs, "--output-dir", out)).returncode == 0
     assert_complete(out, expected)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGKILL)])
+def test_ranks_do_not_go_on_without_their_launcher(tmp_path, many_rows, checkpoint, ranks, number):
+    """These signals end it without a word to the ranks."""
+    launch = start(tmp_path / "out", tmp_path / "log", ranks, *arguments_for(many_rows, checkpoint), "--batch-size", 1)
+    launch.until_rows_are_done()
+    done, started = launch.bar(), processes(launch.process)
+    launch.process.send_signal(number)
+    launch.process.wait(LIMIT)
+    assert not psutil.wait_procs(started[1:], LIMIT)[1]
+    assert launch.said().count("stopped by SIGTERM after a commit") == ranks
+    assert launch.committed()[0] >= done
 
 
 def test_a_rank_that_dies_costs_the_other_nothing(tmp_path, many_rows, checkpoint):

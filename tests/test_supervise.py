@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from test_merge import ROWS, begin_run, commit
 
 from vqa_embeddings.demo import DATA
+from vqa_embeddings.options import parse_extract
 from vqa_embeddings.records import Failed
-from vqa_embeddings.supervise import Left, count_fruitless, is_to_go_on
-from vqa_embeddings.world import read_queued_job
+from vqa_embeddings.supervise import Left, Slice, count_fruitless, is_to_go_on, requeue
+from vqa_embeddings.world import QueuedJob, read_queued_job
 
 ARGUMENTS = ["--vqa-dataset", str(DATA / "vqa.csv"), "--images-dir", str(DATA)]
 
@@ -85,6 +88,59 @@ def test_rows_that_fail_again_are_no_reason_to_go_on(tmp_path):
     launch = supervise(["true"], "--output-dir", str(out), "--retry-failed")
     assert f"tried again what had failed, with {ROWS} of its {ROWS} rows left" in launch.communicate(timeout=60)[0]
     assert launch.returncode == 0
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch) -> Callable[..., QueuedJob]:
+    """Makes a job about which `scontrol` says what the test wants."""
+
+    def make(restarts: int, **facts: str) -> QueuedJob:
+        shown = " ".join(f"{key}={value}" for key, value in {"JobId": "7", "BatchFlag": "1", **facts}.items())
+        scontrol = tmp_path / "bin" / "scontrol"
+        scontrol.parent.mkdir(exist_ok=True)
+        scontrol.write_text(f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >> {tmp_path}/requeued || echo "{shown}"\n')
+        scontrol.chmod(0o755)
+        monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+        return QueuedJob("7", restarts)
+
+    return make
+
+
+def requeued(tmp_path: Path) -> int:
+    return len((tmp_path / "requeued").read_text().split()) if (tmp_path / "requeued").exists() else 0
+
+
+def test_a_job_gives_up_after_two_runs_in_a_row_without_a_commit(tmp_path, job):
+    record = tmp_path / "shards" / ".stopped-7"
+    running = {"JobState": "RUNNING"}
+    assert requeue(job(0, Restarts="0", **running), record, Left(), Left(9, 9)) == 0
+    assert requeue(job(1, Restarts="1", **running), record, Left(9, 9), Left(5, 9)) == 0
+    assert requeue(job(2, Restarts="2", **running), record, Left(5, 9), Left(5, 9)) == 0
+    # The third run has lost its node, and so left no record, but had committed a row.
+    assert requeue(job(4, Restarts="4", **running), record, Left(4, 9), Left(4, 9)) == 0
+    assert requeued(tmp_path) == 4
+    assert requeue(job(5, Restarts="5", **running), record, Left(4, 9), Left(4, 9)) == 1
+    assert requeued(tmp_path) == 4
+
+
+def test_a_job_that_slurm_has_put_back_has_not_given_up(tmp_path, job, capsys):
+    record = tmp_path / "shards" / ".stopped-7"
+    for run in range(3):
+        stopped = job(run, Restarts=str(run + 1), JobState="PENDING")
+        assert requeue(stopped, record, Left(9, 9), Left(9, 9)) == 0
+        assert "Slurm has put the job back" in capsys.readouterr().out
+    assert requeued(tmp_path) == 0
+
+
+def test_the_rows_of_a_slice_are_counted_anew_and_its_table_read_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    out = begin_run(tmp_path)
+    slice_ = Slice(parse_extract(None, [*ARGUMENTS, "--slice", "0/2", "--output-dir", str(out)]))
+    before = slice_.count_left()
+    assert before.rows == before.of < ROWS
+    commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in range(ROWS)])
+    (out / "rows.csv").unlink()
+    assert slice_.count_left() == Left(0, before.of)
 
 
 @pytest.mark.parametrize(("name", "passed_on"), [("accelerate", "TERM"), ("srun", "USR1"), ("mpirun", "USR1")])

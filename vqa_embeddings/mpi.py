@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import secrets
+import signal
 import subprocess
 import sys
 from typing import Any
 
 from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.signals import follow_parent
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
@@ -96,6 +98,7 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
 
 def print_key(family: str, rank: int, size: int) -> None:
     """What the process that `agree_on_key` starts does: print rank 0's key, or nothing."""
+    follow_parent(signal.SIGKILL)  # MPICH would wait for the other ranks for good, and mpirun for this process
     try:
         mpi = begin_mpi(family, rank, size)
     except NoMPI as reason:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,21 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
         names = " and ".join("--" + name.replace("_", "-") for name in missing)
         parser.error(f"{names} not given: name the CSV and the picture folder, or try --demo")
     return options
+
+
+def print_output_of_array() -> None:
+    """Print the output folder that these arguments of `extract_dist.py` name: what submit.sh tells the merge.
+
+    Help goes to the other stream. What cannot be right for the tasks of an array ends the program with status 2.
+    """
+    sys.argv[0] = "extract_dist.py"
+    with redirect_stdout(sys.stderr):
+        options = parse_extract(None)
+    if options.slice is not None:
+        index, count = options.slice
+        print(f"error: found --slice {index}/{count}; each task's slice is the array's, leave it out", file=sys.stderr)
+        sys.exit(2)
+    print(options.output_dir)
 
 
 def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOptions:

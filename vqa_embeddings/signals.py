@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import NoReturn
 # A scheduler signals the ranks and their launcher, which passes it on: one request, not two. Under `accelerate launch`
 # the second was measured to come within 25 ms, with eight busy processes a core too; daemons in between take longer.
 REPEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopFlag:
@@ -41,6 +43,7 @@ class StopFlag:
             say_farewell: is called with the signal's name where the first request ends the process.
         """
         self._say_farewell = say_farewell
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # a launcher may hand its own mask down
         ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth)
@@ -73,10 +76,18 @@ class StopFlag:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
             if not self._deferred:
-                self._say_farewell(self.signal)
-                os._exit(0)
+                try:
+                    self._say_farewell(self.signal)
+                finally:  # also where nobody reads what is said
+                    os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
+
+
+def follow_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal once its parent has ended, whatever ended that. Only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -6,7 +6,8 @@ A launcher's own exit status says little: `accelerate launch` reports a signal a
 report a lost node as success. What the output folder holds decides. A Slurm job that a signal stopped with rows of its
 own slice left is put back into the queue, until two runs in a row have committed nothing.
 
-Exit status: 0 where every row of the slice is accounted for, or a signal stopped the launch; else the launch's or 1.
+Exit status: the launch's where it failed; else 0 where every row of the slice is accounted for or a signal stopped the
+launch, and 1 where rows are left for another reason.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from vqa_embeddings.files import publish_text
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import ExtractOptions, parse_extract
 from vqa_embeddings.plan import choose_slice
-from vqa_embeddings.run import SHARDS_FOLDER, read_run, read_run_rows
+from vqa_embeddings.run import SHARDS_FOLDER, Run, read_run, read_run_rows
 from vqa_embeddings.signals import StopFlag
+from vqa_embeddings.table import Table
 from vqa_embeddings.voice import REFUSED
 from vqa_embeddings.world import QueuedJob, read_array_slice, read_queued_job
 
 FRUITLESS_RUNS = 2  # in a row, after which a job does not go back into the queue by itself
+MPI_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun")  # what their names begin with
 STOPPED = {128 + number for number in StopFlag.SIGNALS}  # exit statuses of a launcher that a signal ended
 
 
@@ -42,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
         return REFUSED
     command, arguments = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     options = parse_extract(None, arguments)
-    launch = Launch([*command, *arguments])
-    before = count_left(options)  # while the launch loads its model
+    launch, slice_ = Launch([*command, *arguments]), Slice(options)
+    before = slice_.count_left()  # while the launch loads its model
     status = launch.wait()
-    left = count_left(options)
+    left = slice_.count_left()
     signalled = launch.signalled or status in STOPPED
     if not signalled and status:
         say(f"the launch ended with status {status} and {left}; what it printed says why")
@@ -67,12 +70,12 @@ class Launch:
     def __init__(self, command: Sequence[str]) -> None:
         # On TERM, srun kills its ranks at once, and Open MPI's mpirun after a second; USR1 they pass on, all kinds of
         # them. torchrun, which accelerate is, only passes TERM on.
-        passes_on_usr1 = Path(command[0]).name.startswith(("srun", "mpirun", "mpiexec"))
-        self._number = signal.SIGUSR1 if passes_on_usr1 else signal.SIGTERM
+        name = Path(command[0]).name
+        self._number = signal.SIGUSR1 if name.startswith(("srun", *MPI_LAUNCHERS)) else signal.SIGTERM
         self._process: subprocess.Popen[bytes] | None = None
         self.signalled = False
         # A scheduler may send TERM to every process at once. The ranks can do with that, Open MPI's mpirun cannot.
-        kept_out = {signal.SIGTERM, signal.SIGINT} if Path(command[0]).name.startswith("mpi") else set()
+        kept_out = {signal.SIGTERM, signal.SIGINT} if name.startswith(MPI_LAUNCHERS) else set()
         for number in StopFlag.SIGNALS:
             signal.signal(number, self._pass_on)
         signal.pthread_sigmask(signal.SIG_BLOCK, kept_out)  # which the launcher inherits
@@ -106,18 +109,28 @@ class Left:
         return f"{self.rows} of its {self.of} rows left" if self.rows else f"all {self.of} rows accounted for"
 
 
-def count_left(options: ExtractOptions) -> Left:
-    """The rows of this launch's slice that are missing now, or have failed where those are to be tried again."""
-    try:
-        run = read_run(options.output_dir)
-        table = read_run_rows(options.output_dir, run)
-        part = options.slice or read_array_slice() or (0, 1)
-        coverage = look(options.output_dir, run, table).coverage()
-    except Refused:  # as the launch will be, and says why
-        return Left()
-    pending = coverage.failed if options.retry_failed else coverage.missing
-    inside = choose_slice(table.pictures(), part)
-    return Left(int(np.count_nonzero(inside & pending)), int(np.count_nonzero(inside)))
+class Slice:
+    """The rows of this launch's slice. Its table is read once: after a signal there is no time for millions of rows."""
+
+    def __init__(self, options: ExtractOptions) -> None:
+        self._options = options
+        self._known: tuple[Run, Table, np.ndarray] | None = None
+
+    def count_left(self) -> Left:
+        """The rows that are missing now, or have failed where those are to be tried again."""
+        try:
+            run, table, inside = self._known = self._known or self._read()
+            coverage = look(self._options.output_dir, run, table).coverage()
+        except Refused:  # as the launch will be, and says why
+            return Left()
+        pending = coverage.failed if self._options.retry_failed else coverage.missing
+        return Left(int(np.count_nonzero(inside & pending)), int(np.count_nonzero(inside)))
+
+    def _read(self) -> tuple[Run, Table, np.ndarray]:
+        run = read_run(self._options.output_dir)
+        table = read_run_rows(self._options.output_dir, run)
+        part = self._options.slice or read_array_slice() or (0, 1)
+        return run, table, choose_slice(table.pictures(), part)
 
 
 def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
@@ -127,16 +140,9 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
         record: the file that holds, from one run of the job to the next, how many in a row have committed nothing.
         before: what was left when this run began.
     """
-    fruitless = count_fruitless(_read_record(record) if job.restarts else 0, before, left)
-    if fruitless >= FRUITLESS_RUNS:
-        record.unlink(missing_ok=True)
-        say(
-            f"given up with {left}: {fruitless} runs in a row were stopped before they had committed anything; "
-            "give the job more time (--time), or let it commit more often (--checkpoint-interval), and submit it again"
-        )
-        return 1
+    fruitless = count_fruitless(_read_record(record, before) if job.restarts else 0, before, left)
     record.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(record, f"{fruitless}\n")
+    publish_text(record, f"{fruitless} {left.rows}\n")
     try:
         facts = _ask_slurm(job)
         if facts.get("Restarts") != str(job.restarts):
@@ -146,6 +152,12 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
             state = f"{facts.get('JobState')}, reason {facts.get('Reason')}"
             say(f"stopped with {left}; Slurm ends the job ({state}): submit it again, it continues")
             return 0
+        if fruitless >= FRUITLESS_RUNS:
+            say(
+                f"given up with {left}: {fruitless} runs in a row were stopped before they had committed anything; "
+                "give the job more time (--time), or have it commit more often (--checkpoint-interval); submit it again"
+            )
+            return 1
         _scontrol("requeue", job.name)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
@@ -178,9 +190,11 @@ def say(sentence: str) -> None:
     print(f"launch: {sentence}", flush=True)
 
 
-def _read_record(path: Path) -> int:
+def _read_record(path: Path, before: Left) -> int:
+    """How many runs before this one have committed nothing; 0 where one since then, which left no record, has."""
     try:
-        return int(path.read_text())
+        fruitless, rows = path.read_text().split()
+        return int(fruitless) if rows == str(before.rows) else 0
     except (OSError, ValueError):
         return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ from typing import Any
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.files import publish
 from vqa_embeddings.mpi import MPICH, OPEN_MPI, agree_on_key
+from vqa_embeddings.signals import follow_parent
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
 STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
 LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks ask the same metadata server
 STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
+ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
 PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which ranks agree
 
 
@@ -51,10 +54,15 @@ class World:
 def read_world() -> World:
     """`read_ranks`, and under `mpirun` the key that its ranks have in common, where mpi4py is installed.
 
+    A launcher that would leave its ranks behind has them asked to stop when it ends.
+
     Raises:
         Refused: as `read_ranks`; or MPI is there and does not work.
     """
     world = read_ranks()
+    if world.launcher == "torchrun" or _is_child_of_accelerate():
+        # USR1, USR2 and KILL end torchrun without a word to its ranks, and every signal accelerate with one process.
+        follow_parent(signal.SIGTERM)
     if world.launcher == "mpi" and world.mpi and world.size > 1:
         return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
     return world
@@ -71,6 +79,15 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> World:
     """
     outer = _read_mpi(environment) or _read_step(environment) or World()
     return _read_torchrun(environment, outer) or outer
+
+
+def _is_child_of_accelerate() -> bool:
+    """Whether `accelerate launch` has started this one process itself, as it does without torchrun for one."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:  # no Linux
+        return False
+    return not ACCELERATE.isdisjoint(Path(word).name for word in line[:3])
 
 
 def _read_torchrun(env: Mapping[str, str], outer: World) -> World | None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # One rank of extract.sh, as mpirun starts it. Every mpirun ends all ranks when one of them dies; behind this file a rank
 # that dies costs the others nothing.
-trap : TERM INT USR1 USR2 # they reach python too, which stops after a commit; until then this shell has to stay
+trap 'stopped=1' TERM INT USR1 USR2 # they reach python too, which stops after a commit; until then this shell has to stay
 home=$(realpath "$(dirname "$0")/../..")
 . "$home/launch/environment.sh"
-enter_environment || exit
+enter_environment || status=2
+[ -z "${stopped:-}" ] || exit 0 # before there was a python to hear it
+[ -z "${status:-}" ] || exit "$status"
 python "$home/extract_dist.py" "$@"
 status=$?
 if [ $status != 0 ] && [ $status != 2 ]; then # 2: refused before any work, and so are the others

@@ -8,7 +8,7 @@ home=$(realpath "$(dirname "$0")/../..")
 . "$home/launch/environment.sh"
 usage="usage: submit.sh [--tasks N] [any sbatch option...] -- <arguments of extract_dist.py>"
 
-options=() shared=()
+options=() shared=() exported=${SBATCH_EXPORT:-ALL}
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --tasks | --tasks=*)
@@ -18,8 +18,17 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
             shift
             continue
             ;;
-        --account=* | --partition=* | --qos=* | --reservation=* | --chdir=* | --export=* | --mail-*=*) shared+=("$1") ;;
-        --account | --partition | --qos | --reservation | --chdir | --export | --mail-* | -[ApqD]) shared+=("$1" "${2:-}") ;;
+        --export | --export=*)
+            [ "$1" = --export ] && { shift; exported=${1:-}; } || exported=${1#*=}
+            shift
+            continue
+            ;;
+        --wait | -W | --test-only) echo "error: $1 does not go with a merge that follows; leave it out" >&2; exit 2 ;;
+        --account=* | --partition=* | --qos=* | --reservation=* | --clusters=* | --chdir=* | --mail-*=*) shared+=("$1") ;;
+        --account | --partition | --qos | --reservation | --clusters | --chdir | --mail-* | -[ApqMD])
+            shared+=("$1" "${2:-}")
+            ;;
+        -[ApqMD]?*) shared+=("$1") ;;
     esac
     options+=("$1")
     shift
@@ -33,12 +42,15 @@ if ! command -v sbatch > /dev/null; then
 fi
 enter_environment
 # What cannot be right is refused here, not hours later by every task of the array.
-read_output='import sys; sys.argv[0] = "extract_dist.py"; from vqa_embeddings.options import parse_extract; print(parse_extract(None).output_dir)'
-output=$(python -c "$read_output" "$@")
+output=$(python -c 'from vqa_embeddings.options import print_output_of_array; print_output_of_array()' "$@")
+[ -n "$output" ] || exit 0 # --help
 
 export VQA_EMBEDDINGS_HOME=$home
-array=$(sbatch --parsable "${options[@]}" "$home/launch/slurm/array.sbatch" "$@")
+[[ $exported =~ ^(NONE|NIL)$ ]] && exported= # and yet the job has to know these
+exported="--export=${exported:+$exported,}VQA_EMBEDDINGS_HOME,NPROC"
+array=$(sbatch --parsable "${options[@]}" "$exported" "$home/launch/slurm/array.sbatch" "$@")
 array=${array%%;*}
 echo "array job $array"
-merge=$(sbatch --parsable "${shared[@]}" --dependency=afterany:"$array" "$home/launch/slurm/merge.sbatch" --output-dir "$output")
+merge=$(sbatch --parsable "${shared[@]}" "$exported" --dependency=afterany:"$array" "$home/launch/slurm/merge.sbatch" \
+    --output-dir "$output")
 echo "merge job ${merge%%;*}"
