@@ -17,4 +17,5 @@ mypy
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The allocator keeps the pages of large tensors: the tests' eager reference then takes a third less time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
-exec python -m pytest "$@"
+# Two files of tests at a time, each with a core: what computes the reference and what waits for a cluster share two well.
+exec python -m pytest -n 2 --dist loadfile "$@"
