@@ -29,6 +29,21 @@ def until(condition: Callable[[], object], launch: subprocess.Popen, seconds: fl
         time.sleep(0.01)
 
 
+def all_end(some: list[psutil.Process], seconds: float) -> bool:
+    """Whether they all end in time. The machine may take longer to clear away what nobody waits for."""
+    deadline = time.monotonic() + seconds
+    while any(map(runs, some)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(runs, some))
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 Processes = list[psutil.Process]  # of a launch, the launcher first
 
 
@@ -74,7 +89,7 @@ class Running:
         for process in whom(started):
             process.send_signal(number)
         status = self.process.wait(LIMIT)
-        assert not psutil.wait_procs(started, 1)[1], "a rank outlived its launcher"
+        assert all_end(started, 1), "a rank outlived its launcher"
         return status
 
     def committed(self) -> Counter[int]:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from conftest import ROOT, TERMS, arguments_for, kill, merge, processes, run, table_rows, write_table
 from published_reader import read_published
-from running import Running, assert_complete, stop_at_random_moments
+from running import Running, all_end, assert_complete, stop_at_random_moments
 from test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from test_rows import assert_equal_to_reference
 
@@ -311,7 +311,7 @@ def test_a_rank_that_ends_while_it_waits_for_the_others_leaves_nothing_behind(tm
             found = [process for process in started if "print_key" in " ".join(process.cmdline())]
         time.sleep(1)  # until it is in MPI
         found[0].parent().kill()
-        assert not psutil.wait_procs(found, 5)[1]
+        assert all_end(found, 5)
     finally:
         kill(processes(launch))
         launch.communicate()

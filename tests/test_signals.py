@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
-import psutil
 import pytest
 from conftest import (
     COPIES,
@@ -30,7 +29,7 @@ from conftest import (
     write_table,
 )
 from published_reader import read_published
-from running import LIMIT, Running, assert_complete, everyone, listens, stop_at_random_moments, until
+from running import LIMIT, Running, all_end, assert_complete, everyone, listens, stop_at_random_moments, until
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
@@ -268,7 +267,7 @@ def test_ranks_do_not_go_on_without_their_launcher(tmp_path, many_rows, checkpoi
     done, started = launch.bar(), processes(launch.process)
     launch.process.send_signal(number)
     launch.process.wait(LIMIT)
-    assert not psutil.wait_procs(started[1:], LIMIT)[1]
+    assert all_end(started[1:], LIMIT)
     assert launch.said().count("stopped by SIGTERM after a commit") == ranks
     assert launch.committed()[0] >= done
 

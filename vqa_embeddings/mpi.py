@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.signals import follow_parent
+from vqa_embeddings.signals import deaf_children, follow_parent
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
@@ -72,27 +72,25 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
         Refused: MPI was there and did not work, so that the other ranks may think otherwise.
     """
     code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import print_key; print_key{family, rank, size}"
-    try:
+    with deaf_children():
         # MPICH's launcher talks to its ranks through a descriptor that they inherit.
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            close_fds=False,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=MEETING_SECONDS,
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
+    try:
+        said, _ = child.communicate(timeout=MEETING_SECONDS)
     except subprocess.TimeoutExpired:
+        child.kill()
         raise Refused(
             f"rank {rank} waited {MEETING_SECONDS} s for the other {size - 1} ranks to begin MPI; "
             "see whether all of them have started, and begin again"
         ) from None
-    if done.returncode:
+    if child.returncode:
         raise Refused(
-            f"rank {rank} could not begin MPI (status {done.returncode}, MPI's own message is above); "
+            f"rank {rank} could not begin MPI (status {child.returncode}, MPI's own message is above); "
             "mend it, or take mpi4py out of the environment: the ranks do without"
         )
-    found = re.search(r"^mpi-[0-9a-f]{16}$", done.stdout, re.MULTILINE)
+    found = re.search(r"^mpi-[0-9a-f]{16}$", said, re.MULTILINE)
     return found and found[0]
 
 

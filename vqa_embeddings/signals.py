@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 # A scheduler signals the ranks and their launcher, which passes it on: one request, not two. Under `accelerate launch`
@@ -82,6 +82,16 @@ class StopFlag:
                     os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """What is started by this thread meanwhile hears no request to stop, which a scheduler sends to every process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent(number: signal.Signals) -> None:
