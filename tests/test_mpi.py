@@ -317,6 +317,14 @@ def test_a_rank_that_ends_while_it_waits_for_the_others_leaves_nothing_behind(tm
         launch.communicate()
 
 
+def test_what_asks_mpi_for_a_key_ends_where_its_rank_is_gone_already():
+    rank = subprocess.Popen(["true"])
+    rank.wait()
+    asking = f"from vqa_embeddings.mpi import print_key; print_key('MPICH', 0, 2, {rank.pid})"
+    done = run([sys.executable, "-c", asking], PYTHONPATH=str(ROOT))
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_a_rank_that_is_asked_to_stop_before_there_is_a_python_does_not_begin(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nkill -USR1 $PPID\nexit 1\n")
     (tmp_path / "python").chmod(0o755)

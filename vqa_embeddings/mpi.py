@@ -6,6 +6,7 @@ MPI. A rank of the extraction therefore leaves MPI to a process of its own, whic
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import signal
@@ -71,7 +72,8 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
     Raises:
         Refused: MPI was there and did not work, so that the other ranks may think otherwise.
     """
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import print_key; print_key{family, rank, size}"
+    arguments = family, rank, size, os.getpid()
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import print_key; print_key{arguments}"
     with deaf_children():
         # MPICH's launcher talks to its ranks through a descriptor that they inherit.
         child = subprocess.Popen(
@@ -94,9 +96,9 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
     return found and found[0]
 
 
-def print_key(family: str, rank: int, size: int) -> None:
+def print_key(family: str, rank: int, size: int, parent: int) -> None:
     """What the process that `agree_on_key` starts does: print rank 0's key, or nothing."""
-    follow_parent(signal.SIGKILL)  # MPICH would wait for the other ranks for good, and mpirun for this process
+    follow_parent(signal.SIGKILL, parent)  # MPICH would wait for the other ranks for good, and mpirun for this process
     try:
         mpi = begin_mpi(family, rank, size)
     except NoMPI as reason:

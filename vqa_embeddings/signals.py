@@ -94,10 +94,16 @@ def deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def follow_parent(number: signal.Signals) -> None:
-    """Have the kernel send this process a signal once its parent has ended, whatever ended that. Only on Linux."""
+def follow_parent(number: signal.Signals, parent: int) -> None:
+    """Have the kernel send this process a signal once its parent has ended, whatever ended that. Only on Linux.
+
+    Args:
+        parent: process id of the parent, which may have ended before this call.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

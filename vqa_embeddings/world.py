@@ -62,7 +62,7 @@ def read_world() -> World:
     world = read_ranks()
     if world.launcher == "torchrun" or _is_child_of_accelerate():
         # USR1, USR2 and KILL end torchrun without a word to its ranks, and every signal accelerate with one process.
-        follow_parent(signal.SIGTERM)
+        follow_parent(signal.SIGTERM, os.getppid())
     if world.launcher == "mpi" and world.mpi and world.size > 1:
         return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
     return world
