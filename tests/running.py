@@ -57,8 +57,8 @@ def everyone(launch: Processes) -> Processes:
 
 def listens(process: psutil.Process) -> bool:
     """Whether TERM does not simply end the process."""
-    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
-    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+    masks = re.findall(r"Sig(?:Blk|Cgt):\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 class Running:

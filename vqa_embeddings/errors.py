@@ -1,10 +1,17 @@
-"""The two ways in which this program says no: to a whole launch, and to a single row."""
+"""The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
 
 
 class Refused(Exception):
     """The input, the arguments or the output folder are refused before any work: exit status 2.
 
     The message is one sentence for the user: what was found, what was expected, what to do.
+    """
+
+
+class StorageFailed(Exception):
+    """A disk or a folder fails in the middle of the work: exit status 1.
+
+    The message is one sentence for the user, as that of `Refused`.
     """
 
 

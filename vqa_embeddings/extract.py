@@ -16,7 +16,8 @@ from torch import Tensor
 from vqa_embeddings.batch import Batch, Seated, size_cache
 from vqa_embeddings.cache import Prefix
 from vqa_embeddings.errors import NonFiniteValues, RowFailed
-from vqa_embeddings.images import locate, open_picture, read_ahead
+from vqa_embeddings.images import PictureFolder, open_picture, read_ahead
+from vqa_embeddings.opener import Openers
 from vqa_embeddings.phi4 import Phi4, Picture
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.stages import Stages
@@ -51,8 +52,10 @@ def extract(
         The records that one unit of work has finished, often none.
     """
 
+    folder, open_ = PictureFolder(images_dir), Openers() if workers else open_picture
+
     def prepare(group: tuple[str, list[int]]) -> Pixels:
-        return model.pixels(open_picture(locate(images_dir, group[0])))
+        return model.pixels(open_(folder.locate(group[0])))
 
     read = read_ahead(_by_picture(table, rows), prepare, workers, stopping)
     pictures = ((group[1], found) for group, found in read)

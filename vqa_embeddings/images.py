@@ -10,14 +10,47 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, RowFailed
+from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, RowFailed, StorageFailed
 
 K = TypeVar("K")
 T = TypeVar("T")
 
+# What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
+
+
+class PictureFolder:
+    """The folder of pictures, which has to stay where it is: what is missing then would not be the rows' fault."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = self._identify()
+
+    def locate(self, name: str) -> Path:
+        """As `locate`.
+
+        Raises:
+            StorageFailed: there is no picture, nor the folder any more.
+        """
+        try:
+            return locate(self.path, name)
+        except PictureNotFound:
+            if self._identify() != self._identity:
+                raise StorageFailed(
+                    f"{self.path} is no longer the folder that it was when this run began; "
+                    "mount it again, and the same command continues"
+                ) from None
+            raise
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -44,18 +77,51 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture as RGB, turned the way its EXIF orientation says.
+    """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
+
+    Transparency is left out, as the published script does. Of 16 bits of grey the upper eight are taken, as a viewer
+    does; Pillow's own conversion would make all that is not nearly black white.
 
     Raises:
-        PictureUnreadable: the file is no whole picture of a known format.
+        PictureUnreadable: the file is no whole picture of a format in `FORMATS`.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=_formats()) as picture:
             picture.load()
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _eight_bits(_upright(picture)).convert("RGB")
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
-        raise PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}") from None
+        raise PictureUnreadable(f"{path.name} cannot be read as a picture: {_reason(path, error)}") from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "it takes too much memory"
+    return " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+
+
+def _formats() -> list[str]:
+    """The formats in `FORMATS` that this Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        picture.getexif()
+    except Exception:  # what cannot be read says nothing about the picture, and no viewer minds
+        return picture
+    return ImageOps.exif_transpose(picture)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel; ValueError where its numbers do not say what is white."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if picture.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, of which none is white; save it with 8 or 16 bits")
+    return picture
 
 
 def read_ahead(

@@ -71,7 +71,7 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")
     add("--batch-size", type=_batch_size, metavar="N", default="auto", help="rows answered together (%(default)s)")
     add("--max-new-tokens", type=_positive, metavar="N", default=200, help="tokens of the longest answer (%(default)s)")
-    add("--num-workers", type=_natural, metavar="N", default=2, help="threads that read pictures ahead (%(default)s)")
+    add("--num-workers", type=_natural, metavar="N", default=2, help="pictures that are opened at a time (%(default)s)")
     add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
     add("--retry-failed", action="store_true", help="extract the rows that failed before, and only those")
     add("--lora", choices=LORA, default="merged", help="vision LoRA added to the weights, or as layers (%(default)s)")

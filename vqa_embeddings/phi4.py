@@ -1,6 +1,6 @@
 """What is said to the model and what it says: prompt, tokens, pictures as it reads them, the end of an answer.
 
-What the library (transformers 5.17 to 5.23) does silently wrong is closed here and in the rooms beside it:
+What the library (transformers 5.17 to 5.24) does silently wrong is closed here and in the rooms beside it:
 
 - Its vision attention is causal wherever no patch is masked; `vision` never is.
 - Its `output_hidden_states` reads the wrong vision layer after an image; `vision` and `decoder` read the states.
