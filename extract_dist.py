@@ -13,17 +13,17 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.options import ExtractOptions, parse_extract
 from vqa_embeddings.signals import StopFlag, run_program
-from vqa_embeddings.voice import refuse, say, say_for_rank
+from vqa_embeddings.voice import fail, refuse, say, say_for_rank
 from vqa_embeddings.world import World, read_world
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
 
 def main() -> int:
-    """Parse and run. Returns the exit status: 0 done, or stopped by a signal; 2 refused before any work."""
+    """Parse and run. Returns the exit status: 0 done, or stopped by a signal; 2 refused before any work; 1 an error."""
     options = parse_extract(__doc__)
     world = World()
     stop = StopFlag().install(
@@ -34,6 +34,8 @@ def main() -> int:
         extract_share(options, world, stop)
     except Refused as refusal:
         return refuse(refusal, world)
+    except (StorageFailed, OSError) as failure:
+        return fail(failure, world)
     return 0
 
 
@@ -82,16 +84,18 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     settings = options.batch_size, options.num_workers
     records = extract(engine, table, launch.rows, options.images_dir, *settings, stop.requested, stages)
     shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
-    with shard, Progress(world, len(launch.rows)) as bar:
-        for finished in records:
-            with stages("waiting for the disk"):
-                shard.add(finished)
-                if stop.is_new():  # the KILL that follows need not wait for the rows in hand
-                    shard.begin_commit()
-            bar.update(finished)
-    left = len(launch.rows) - shard.committed
-    done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
-    say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
+    try:
+        with shard, Progress(world, len(launch.rows)) as bar:
+            for finished in records:
+                with stages("waiting for the disk"):
+                    shard.add(finished)
+                    if stop.is_new():  # the KILL that follows need not wait for the rows in hand
+                        shard.begin_commit()
+                bar.update(finished)
+    finally:
+        left = len(launch.rows) - shard.committed
+        done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
+        say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
     if left and stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
     else:

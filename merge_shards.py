@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import sys
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.options import parse_merge
-from vqa_embeddings.voice import refuse
+from vqa_embeddings.voice import fail, refuse
 from vqa_embeddings.world import World, read_ranks
 
 
@@ -34,6 +34,8 @@ def main() -> int:
         outcome = check(options.output_dir) if options.check else merge(options, world)
     except Refused as refusal:
         return refuse(refusal, world)
+    except (StorageFailed, OSError) as failure:
+        return fail(failure, world)
     if outcome is None:  # a rank that has helped
         return 0
     print(*outcome.sentences(options), sep="\n")

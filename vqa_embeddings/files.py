@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vqa_embeddings.errors import StorageFailed
+
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 
@@ -25,6 +27,8 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
 
     Returns:
         Whether the file under that name is the one that was made.
+    Raises:
+        StorageFailed: the disk is full, or gone, or does not take the file.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -34,11 +38,17 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
             os.replace(temporary, path)
         else:
             _link(temporary, path)
+        sync(path.parent)
     except FileExistsError:
         return False
+    except OSError as error:
+        raise StorageFailed(
+            f"{path} cannot be written ({error.strerror or error}); what was committed before is safe, "
+            "make room or mend the disk, and the same command continues"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return True
 
 

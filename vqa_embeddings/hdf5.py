@@ -1,32 +1,72 @@
-"""HDF5 files that identical data make identical: without time stamps, in a format that older readers know."""
+"""HDF5 files that identical data make identical: without time stamps, in a format that older readers know.
+
+They are written through an object of ours: on a full disk the library itself ends the process (SIGSEGV, HDF5 2.0).
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
-from h5py import h5f, h5g, h5o, h5p, h5t
+from h5py import h5f, h5fd, h5g, h5o, h5p, h5t
 
 # From HDF5 1.8 (metadata with checksums) to 1.10; what "latest" of HDF5 2 writes, 1.14 cannot read.
 OLDEST, NEWEST = h5f.LIBVER_V18, h5f.LIBVER_V110
 MEMORY_STEP = 1 << 20  # bytes by which a file in memory grows
 
 
-def new_file(path: Path) -> h5py.File:
-    """A new, empty file. h5py's own way stamps the root group with the time, up to version 3.14."""
+@contextmanager
+def new_file(path: Path) -> Iterator[h5py.File]:
+    """A new, empty file. h5py's own way stamps the root group with the time, up to version 3.14.
+
+    Raises:
+        OSError: at the end, the first that the disk has raised; the file is then none.
+    """
+    disk = _Disk(path)
+    try:
+        with _create_on(disk) as file:
+            yield file
+    except Exception:
+        if disk.failure is None:  # otherwise the library has met what the disk left undone
+            raise
+    finally:
+        disk.close()
+    if disk.failure is not None:
+        raise OSError(*disk.failure)
+
+
+def _create_on(disk: _Disk) -> h5py.File:
+    access = _access()  # which must not outlive the interpreter, as what an exception's frames hold may
+    access.set_fileobj_driver(h5fd.fileobj_driver, disk)
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
-    return h5py.File(h5f.create(os.fsencode(path), h5f.ACC_EXCL, creation, _access()))
+    return h5py.File(h5f.create(_new_name(), h5f.ACC_TRUNC, creation, access))
 
 
 def new_memory_file() -> h5py.File:
     """A new, empty file that lives in memory alone."""
     access = _access()
     access.set_fapl_core(MEMORY_STEP, backing_store=False)
-    name = f"memory-{secrets.token_hex(8)}"  # HDF5 tells open files apart by name, those in memory too
-    return h5py.File(h5f.create(name.encode(), h5f.ACC_TRUNC, fapl=access))
+    return h5py.File(h5f.create(_new_name(), h5f.ACC_TRUNC, fapl=access))
+
+
+def open_file(path: Path) -> h5py.File:
+    """A file to read. Without a lock: none is ever written to under this name, and some file systems have no locks."""
+    return h5py.File(path, "r", locking=False)
+
+
+def text_of(attribute: object) -> str:
+    """An attribute of fixed or variable length as text.
+
+    What is read before a file has been hashed has a fixed length: a flipped bit in the heap of the others, which has no
+    checksum, can keep the library (HDF5 2.0) reading for ever.
+    """
+    return attribute.decode() if isinstance(attribute, bytes) else str(attribute)
 
 
 def _access() -> h5p.PropFAID:
@@ -34,6 +74,61 @@ def _access() -> h5p.PropFAID:
     access.set_libver_bounds(OLDEST, NEWEST)
     access.set_fclose_degree(h5f.CLOSE_STRONG)
     return access
+
+
+def _new_name() -> bytes:
+    return f"file-{secrets.token_hex(8)}".encode()  # HDF5 tells open files apart by name
+
+
+class _Disk:
+    """A file as h5py's driver for Python objects wants it. It keeps the first error, and takes what follows for done.
+
+    The library must not notice: a file that it cannot close it closes again at the end of the process, which it ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.failure: tuple[int | None, str | None] | None = None  # number and words of the first error
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._place = self._size = 0
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        self._place = place if whence == os.SEEK_SET else place + (self._size if whence == os.SEEK_END else self._place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, room: Any) -> int:
+        got = self._attempt(os.preadv, self._descriptor, [room], self._place)
+        self._place += got
+        return got
+
+    def write(self, data: Any) -> int:
+        size = len(data)
+        written = self._attempt(os.pwrite, self._descriptor, data, self._place)
+        while written < size and self.failure is None:
+            written += self._attempt(os.pwrite, self._descriptor, data[written:], self._place + written)
+        self._place += size
+        if self._place > self._size:
+            self._size = self._place
+        return size
+
+    def truncate(self, size: int | None = None) -> None:
+        self._size = self._place if size is None else size
+        self._attempt(os.ftruncate, self._descriptor, self._size)
+
+    def flush(self) -> None:
+        """What `publish` does, for the whole file."""
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _attempt(self, call: Any, *arguments: Any) -> int:
+        try:
+            return call(*arguments) or 0
+        except OSError as error:
+            self.failure = self.failure or (error.errno, error.strerror)
+            return 0
 
 
 class Groups:

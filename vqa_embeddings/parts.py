@@ -14,7 +14,7 @@ from h5py import h5d, h5g, h5p, h5s, h5t
 
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.files import publish, sync_and_hash
-from vqa_embeddings.hdf5 import Groups, new_file, new_memory_file
+from vqa_embeddings.hdf5 import Groups, new_file, new_memory_file, open_file, text_of
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
 from vqa_embeddings.shards import PIXEL_MEAN, VECTORS, Corrupt, read_records
@@ -128,7 +128,7 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
             "attn_implementation": run.attn_implementation,
             "layers": run.layers,
             "max_new_tokens": run.max_new_tokens,
-            "run": run.key,
+            "run": np.bytes_(run.key.encode()),
             "part_size": job.size,
             "first_row": job.first + 1,
             "last_row": job.last,
@@ -206,8 +206,8 @@ def _vectors(record: Extracted, run: Run) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _read_part(path: Path, number: int, run: Run, table: Table, recorded: bool) -> Part:
-    with h5py.File(path, "r") as file:
-        if file.attrs.get("run") != run.key:
+    with open_file(path) as file:
+        if text_of(file.attrs.get("run", b"")) != run.key:
             if recorded:
                 raise ValueError("it was this run's, and says that it is not")
             raise Refused(f"{path} belongs to another run or program; move it away, or check --output-dir")
@@ -222,7 +222,7 @@ def _read_part(path: Path, number: int, run: Run, table: Table, recorded: bool) 
 
 def _read_old(job: PartJob) -> list[Extracted]:
     records = []
-    with h5py.File(job.path, "r") as file:
+    with open_file(job.path) as file:
         for row in job.old_rows:
             group = file[job.rows.ids[row - job.first]]
             states = [np.stack([group[name][f"layer_{layer}"][:] for layer in job.run.layers]) for name in VECTORS[1:]]

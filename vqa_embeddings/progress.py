@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from vqa_embeddings.compute import Choice, Device
 from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
+from vqa_embeddings.plan import find_shortage
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import Run
 from vqa_embeddings.voice import say
@@ -50,6 +52,10 @@ def say_plan(
     say(world, f"rows: {run.rows}{share}; {launch.slice_pending} to do now, {world.size} rank(s)")
     say(world, f"model: {run.model} ({run.layout} layout, vision LoRA {run.lora}), layers {run.layers}")
     say(world, f"device: {device.description}; {dtype.value} ({dtype.reason}); {attention.value} ({attention.reason})")
+    free = shutil.disk_usage(options.output_dir).free
+    shortage = find_shortage(free, launch.slice_pending * run.row_bytes, run.rows * run.row_bytes)
+    if shortage:
+        say(world, f"warning: little room in {options.output_dir}: {shortage}; make room")
     if not launch.slice_pending:
         say(
             world,

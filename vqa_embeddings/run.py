@@ -60,6 +60,11 @@ class Run:
     created_at: str = ""
 
     @property
+    def row_bytes(self) -> int:
+        """What the vectors of one row take, on the disk as in memory."""
+        return 4 * (self.vision_size + 2 * len(self.layers) * self.hidden_size)
+
+    @property
     def key(self) -> str:
         """Short digest of all that must agree; every segment and part carries it."""
         identity = {name: getattr(self, name) for name in IDENTITY}

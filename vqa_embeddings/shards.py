@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 
 from vqa_embeddings.files import publish, publish_text, sha256
-from vqa_embeddings.hdf5 import Groups, new_file
+from vqa_embeddings.hdf5 import Groups, new_file, open_file, text_of
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import SHARDS_FOLDER, Run
 from vqa_embeddings.table import Table
@@ -27,6 +28,7 @@ from vqa_embeddings.workers import Workers
 
 SEGMENTS = f"{SHARDS_FOLDER}/*/*.h5"
 CHECKSUM = ".sha256"
+FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
 VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
 PIXEL_MEAN = "pixel_mean_representation"
@@ -107,7 +109,8 @@ class ShardWriter:
         self._end_commit()
 
     def _write(self, path: Path, records: list[Extracted | Failed]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # which the next line will meet again. Not its parents: a folder that is gone stays so
+            self._folder.mkdir(exist_ok=True)
         write_segment(path, records, self._run, self._table)
 
     def _end_commit(self) -> None:
@@ -151,7 +154,7 @@ def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, t
 
     def write(temporary: Path) -> None:
         with new_file(temporary) as file:
-            file.attrs.update({"format": "vqa_embeddings segment 1", "run": run.key, "layers": run.layers})
+            file.attrs.update({"format": np.bytes_(FORMAT), "run": np.bytes_(run.key.encode()), "layers": run.layers})
             _write_extracted(file, done, run, table)
             _write_failed(h5py.Group(Groups().new(file.id, "failed")), failed, table)
         publish_text(checksum_path(path), f"{sha256(temporary)}  {path.name}\n")
@@ -204,7 +207,7 @@ def _find_no_checksum(path: Path) -> str | None:
 def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list[Extracted]:
     """The records at these positions of a segment's extracted rows; their vectors are views of what was read."""
     lowest, highest = min(positions), max(positions) + 1
-    with h5py.File(path, "r") as file:
+    with open_file(path) as file:
         rows, answers, *vectors = (file[name][lowest:highest] for name in ("row", "answer", *VECTORS))
         means = file[PIXEL_MEAN][lowest:highest] if pixel_mean else np.zeros((len(rows), 0), np.float32)
     vision_only, vision_token, query_token = vectors
@@ -216,7 +219,7 @@ def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list
 
 def read_failures(path: Path) -> list[Failed]:
     """The rows of a segment that failed, each with the reason."""
-    with h5py.File(path, "r") as file:
+    with open_file(path) as file:
         failed = file["failed"]
         columns = failed["row"][:].tolist(), failed["error"].asstr()[:], failed["message"].asstr()[:]
     return [Failed(row, error, message) for row, error, message in zip(*columns, strict=True)]
@@ -260,8 +263,8 @@ def _write_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:
 
 
 def _read_index(path: Path, run: Run) -> Segment:
-    with h5py.File(path, "r") as file:
-        if file.attrs["run"] != run.key:
+    with open_file(path) as file:
+        if text_of(file.attrs["run"]) != run.key:
             raise ValueError("it belongs to another run")
         rows, failed = file["row"][:], file["failed/row"][:]
     for positions in (rows, failed):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.world import World
 
-REFUSED = 2  # exit status
+FAILED, REFUSED = 1, 2  # exit statuses
 SECOND_VOICE_SECONDS = 2.0
 
 
@@ -33,3 +33,15 @@ def refuse(refusal: Refused, world: World) -> int:
         time.sleep(SECOND_VOICE_SECONDS)
     print(f"error: {refusal}", file=sys.stderr, flush=True)
     return REFUSED
+
+
+def fail(failure: StorageFailed | OSError, world: World) -> int:
+    """Say what has ended this rank's work, and give the exit status. What is not about a file is raised again."""
+    sentence = str(failure)
+    if isinstance(failure, OSError):
+        if failure.filename is None:
+            raise failure
+        sentence = f"{failure.filename} fails ({failure.strerror}); mend the disk, and the same command continues"
+    rank = f"rank {world.rank}: " if world.size > 1 else ""
+    print(f"error: {rank}{sentence}", file=sys.stderr, flush=True)
+    return FAILED
