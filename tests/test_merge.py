@@ -286,6 +286,24 @@ def test_a_damaged_part_without_segments_is_set_aside_and_its_rows_are_missing_a
     assert_right(out, set(range(ROWS)))
 
 
+def test_no_damage_is_taken_over_from_a_part_into_the_one_that_replaces_it(out):
+    """The rows that no segment holds any more come from the old part, whose hash is looked at first."""
+    commit(out, [record(row) for row in range(ROWS) if row != 7] + [Failed(7, "PictureNotFound", "it was not there")])
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 4
+    commit(out, [record(7)])
+    part = out / PART.format(2)
+    data = part.read_bytes()
+    with h5py.File(part, "r+") as file:
+        file["q6/vision_only_representation"][0] = 99
+    assert merge(out, "--part-size", PART_SIZE).returncode == 3
+    assert part.with_name(part.name + ".damaged").exists()
+    assert_right(out, set(range(ROWS)) - {5, 6, 7, 8, 9})
+    part.with_name(part.name + ".damaged").unlink()
+    part.write_bytes(data)  # a good copy of the part, say
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+
+
 def test_a_merge_killed_after_it_replaced_a_part_leaves_no_stale_hash(out, monkeypatch):
     commit(out, [record(row) for row in range(ROWS) if row != 8])
     commit(out, [Failed(8, "PictureNotFound", "it was not there")])

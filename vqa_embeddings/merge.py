@@ -104,10 +104,11 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     holdings = look(folder, run, table, verify=workers)
     _check_part_size(holdings.parts, options.part_size)
     known = recorded_hashes(folder)
-    holdings = _trusted_only(holdings, known, workers if options.verify else None)
+    holdings = _recorded(holdings, known)
+    suspects = holdings.parts if options.verify else _replaced(holdings, options.part_size)
+    holdings = _without_damaged(holdings, suspects, known, workers)
     _set_damaged_aside(folder, holdings.corrupt)
-    coverage = holdings.coverage()
-    plans = plan_parts(coverage, options.part_size, {part.number: part.rows for part in holdings.parts})
+    coverage, plans = _plan(holdings, options.part_size)
     to_write = [plan for plan in plans if plan.action == WRITE]
     _forget(folder, {part_path(folder, plan.number).name for plan in to_write} & known.keys())
     jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
@@ -116,6 +117,27 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
     _report(folder, holdings, outcome)
     return replace(outcome, pruned=_prune(folder, holdings, coverage, entries, workers)) if options.prune else outcome
+
+
+def _plan(holdings: Holdings, part_size: int) -> tuple[Coverage, list[PartPlan]]:
+    coverage = holdings.coverage()
+    return coverage, plan_parts(coverage, part_size, {part.number: part.rows for part in holdings.parts})
+
+
+def _replaced(holdings: Holdings, part_size: int) -> list[Part]:
+    """The parts that are to be replaced: rows that no segment holds come from them, and must not bring damage along."""
+    _, plans = _plan(holdings, part_size)
+    numbers = {plan.number for plan in plans if plan.action == WRITE}
+    return [part for part in holdings.parts if part.number in numbers]
+
+
+def _without_damaged(holdings: Holdings, parts: Sequence[Part], known: dict[str, str], workers: Workers) -> Holdings:
+    """Without those of some parts whose SHA-256 is not the one in `known`, which the last merge recorded."""
+    found = _hash_parts(parts, workers)
+    damaged = {part.path for part in parts if found[part.path.name] != known.get(part.path.name, found[part.path.name])}
+    corrupt = [Corrupt(path, "its SHA-256 is not the one that coverage.json recorded") for path in sorted(damaged)]
+    kept = [part for part in holdings.parts if part.path not in damaged]
+    return replace(holdings, parts=kept, corrupt=[*holdings.corrupt, *corrupt])
 
 
 def _check_part_size(parts: Sequence[Part], size: int) -> None:
@@ -145,28 +167,13 @@ def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
             set_aside(checksum_path(damaged.path))
 
 
-def _trusted_only(holdings: Holdings, known: dict[str, str], verify: Workers | None) -> Holdings:
-    """Without the parts that are to be made anew: damaged ones, and such as no merge has recorded.
-
-    Args:
-        known: SHA-256 of each part by its file name, as the last merge recorded them.
-        verify: who hashes the parts to compare; with `None` they are taken as they are.
-    """
-    found = _hash_parts(holdings.parts, verify) if verify else known
+def _recorded(holdings: Holdings, known: dict[str, str]) -> Holdings:
+    """Without the parts that no merge has recorded, where the segments can make them anew."""
     in_segments = np.zeros(len(holdings.table), bool)
     for segment in holdings.segments:
         in_segments[segment.rows] = True
-    trusted: list[Part] = []
-    corrupt = list(holdings.corrupt)
-    for part in holdings.parts:
-        if part.path.name not in known:
-            if not in_segments[part.rows].all():
-                trusted.append(part)
-        elif found[part.path.name] != known[part.path.name]:
-            corrupt.append(Corrupt(part.path, "its SHA-256 is not the one that coverage.json recorded"))
-        else:
-            trusted.append(part)
-    return Holdings(holdings.run, holdings.table, holdings.segments, trusted, corrupt)
+    kept = [part for part in holdings.parts if part.path.name in known or not in_segments[part.rows].all()]
+    return replace(holdings, parts=kept)
 
 
 def _hash_parts(parts: Sequence[Part], workers: Workers) -> dict[str, str]:
