@@ -1,0 +1,374 @@
+"""Full disks, flipped bits, bad pictures, kills amid a commit: nothing committed is lost, nothing stored is false."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import pytest
+from conftest import COPIES, ROOT, arguments_for, command, merge, of_copies, run, table_rows, write_table
+from odd_pictures import bad, lay
+from published_reader import read_published
+from test_failures import read_csv
+from test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record
+from test_rows import assert_equal_to_reference
+
+from vqa_embeddings.demo import DATA
+from vqa_embeddings.errors import StorageFailed
+from vqa_embeddings.files import sha256
+from vqa_embeddings.parts import recorded_hashes
+from vqa_embeddings.run import read_run, read_run_rows
+from vqa_embeddings.shards import ShardWriter, find_damage, read_segments
+from vqa_embeddings.workers import in_this_process
+
+FLIPS, KILLS, DISKS = 1000, 200, 20
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return begin_run(tmp_path)
+
+
+def damages(data: bytes, chance: random.Random) -> bytes:
+    """The data with one bit flipped."""
+    place, bit = chance.randrange(len(data)), chance.randrange(8)
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+def test_every_flipped_bit_and_every_lost_or_added_byte_is_found(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    known = recorded_hashes(out)
+    files = [*out.glob("shards/*/*.h5"), *(out / name for name in known)]
+    assert len(files) == 6 + 5
+    chance = random.Random(6)
+
+    def found(path: Path) -> bool:
+        return sha256(path) != known[path.name] if path.name in known else find_damage(path) is not None
+
+    assert not any(map(found, files))
+    for number in range(FLIPS):
+        path = files[number % len(files)]
+        data = path.read_bytes()
+        path.write_bytes(damages(data, chance))
+        assert found(path), f"a flipped bit in {path.name}"
+        path.write_bytes(data)
+    for path in files:
+        data = path.read_bytes()
+        for damaged in (data[: chance.randrange(len(data))], data + b"\0", b""):
+            path.write_bytes(damaged)
+            assert found(path)
+        path.write_bytes(data)
+
+
+FUZZ = """
+import os, random, signal, sys
+from pathlib import Path
+from vqa_embeddings.parts import _read_part
+from vqa_embeddings.run import read_run, read_run_rows
+from vqa_embeddings.shards import _read_index
+
+out, path = Path(sys.argv[1]), Path(sys.argv[1]) / "damaged"
+run = read_run(out)
+table = read_run_rows(out, run)
+chance = random.Random(10)
+segment, part = min(out.glob("shards/*/*.h5")).read_bytes(), min(out.glob("*.h5")).read_bytes()
+for data, read in ((segment, lambda: _read_index(path, run)), (part, lambda: _read_part(path, 1, run, table, True))):
+    for number in range(200):
+        damaged = bytearray(data)
+        for _ in range(chance.choice([1, 1, 8])):
+            damaged[chance.randrange(len(data) // 4)] ^= 1 << chance.randrange(8)  # where the structure lies
+        path.write_bytes(damaged)
+        if not os.fork():
+            signal.alarm(10)
+            try:
+                read()
+            except (OSError, KeyError, ValueError, RuntimeError):
+                pass
+            os._exit(0)
+        status = os.wait()[1]
+        assert status == 0, f"number {number} of {len(data)} bytes: {status}"
+"""
+
+
+def test_no_damage_ends_a_reader_or_keeps_it_busy(out):
+    """Files are opened before they are hashed where a run goes on, and where somebody looks how far it is."""
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    done = run([sys.executable, "-c", FUZZ, str(out)], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    for path in out.rglob("*.h5"):
+        with h5py.File(path) as file:
+            kind = file.attrs.get_id("run").dtype.kind
+            assert kind == "S", "a text of variable length has no checksum, and damage there can keep HDF5 busy"
+
+
+def test_damage_costs_extracting_its_rows_again_and_nothing_else(out):
+    """A flipped bit in every second file, by the programs themselves: set aside, missing, made anew, and right."""
+    records = [record(row) for row in range(ROWS)]
+    commit(out, records)
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    chance = random.Random(7)
+    for path in [*sorted(out.glob("shards/*/*.h5"))[::2], *sorted(out.glob("*.h5"))[::2]]:
+        path.write_bytes(damages(path.read_bytes(), chance))
+    status = merge(out, "--part-size", PART_SIZE, "--verify").returncode
+    assert status == 3
+    missing = [int(row["question_id"][1:]) for row in read_csv(out / "missing.csv")]
+    assert 0 < len(missing) < ROWS
+    assert_right(out, {row for row in range(ROWS) if row in rows_in_parts(out)})
+    commit(out, [records[row] for row in missing])
+    assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
+    assert_right(out, set(range(ROWS)))
+
+
+def rows_in_parts(out: Path) -> set[int]:
+    return {int(identity[1:]) for identity in read_published(out)}
+
+
+def test_files_are_read_without_locks(out):
+    """Which some network file systems do not have. Here somebody else holds them all."""
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    (out / "coverage.json").unlink()
+    with ExitStack() as held:
+        for path in out.rglob("*.h5"):
+            fcntl.flock(held.enter_context(open(path, "rb")), fcntl.LOCK_EX)
+        assert merge(out, "--part-size", PART_SIZE).returncode == 0
+        assert "missing: 0" in merge(out, "--check").stdout
+
+
+# Commits segment after segment, and says after each which rows are safe. The n-th step on the disk kills it: before a
+# file is opened, synced, renamed or removed, or in the middle of writing one.
+STORM = """
+import os, random, signal, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_merge import ROWS, record
+from vqa_embeddings.run import read_run, read_run_rows
+from vqa_embeddings.shards import ShardWriter
+
+out, kills = Path({out!r}), {kills}
+run = read_run(out)
+table = read_run_rows(out, run)
+records = [record(row) for row in range(ROWS)]
+
+def commit_until(step, said):
+    left, chance = step, random.Random(os.getpid())
+
+    def strike():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sync, write = os.fsync, Path.write_bytes
+
+    def write_half(path, data):
+        with open(path, "wb") as stream:
+            stream.write(data[: len(data) // 2])
+        strike()
+        return write(path, data)
+
+    os.fsync = lambda descriptor: (strike(), sync(descriptor))
+    Path.write_bytes = write_half
+    sys.addaudithook(lambda event, _: strike() if event in ("os.rename", "os.remove", "os.mkdir", "os.link") else None)
+    with ShardWriter(out, f"storm{{step}}-{{os.getpid()}}", 0, run, table, ROWS) as shard:
+        while True:
+            some = chance.sample(records, 3)
+            shard.add(some)
+            shard.commit()
+            os.write(said, "".join(f"{{one.row}} " for one in some).encode())
+
+STEPS = 25  # a commit has about ten
+for number in range(kills):
+    ear, mouth = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(ear)
+        commit_until(1 + number % STEPS, mouth)
+    os.close(mouth)
+    safe = b""
+    while more := os.read(ear, 4096):
+        safe += more
+    os.close(ear)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    print(f"storm{{1 + number % STEPS}}-{{child}}", safe.decode(), flush=True)
+"""
+
+
+def test_kills_amid_a_commit_tear_no_file_and_lose_no_committed_row(out):
+    script = STORM.format(tests=str(ROOT / "tests"), root=str(ROOT), out=str(out), kills=KILLS)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == KILLS
+    segments, corrupt = read_segments(out, read_run(out), verify=in_this_process)
+    assert corrupt == [], "a file is torn"
+    held: dict[str, list[int]] = {}
+    for segment in segments:
+        held.setdefault(segment.path.parent.name, []).extend(segment.rows.tolist())
+    committed = 0
+    for line in lines:
+        launch, *safe = line.split()
+        found = held.get(f"{launch}-r0", [])
+        committed += len(safe)
+        assert not Counter(map(int, safe)) - Counter(found), "a row that was committed is lost"
+        assert len(found) in (len(safe), len(safe) + 3), "more than the segment in hand came to the disk"
+    assert committed > KILLS, "too few rows to lose"
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    assert coverage(out)["duplicates"] > 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many bytes, or changes the size of the one that is there."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        options = f"size={size},mode=755"
+        again = ["-o", f"remount,{options}"] if os.path.ismount(folder) else ["-o", options]
+        subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(folder)], check=True)
+        return folder
+
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if tried.returncode:
+        pytest.skip(f"no small disk can be mounted: {tried.stderr.decode().strip()}; run the tests as root")
+    yield resize
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_at_any_moment_leaves_what_was_committed_and_room_lets_it_go_on(tmp_path, disk):
+    chance = random.Random(9)
+    filler = disk(1 << 20) / "filler"
+    begun = begin_run(tmp_path)
+    size = 16 << 20
+    out = shutil.copytree(begun, disk(size) / "out")
+    full = 0
+    for _ in range(DISKS):
+        free = shutil.disk_usage(out).free
+        room = chance.choice([0, 4096, chance.randrange(200_000)])
+        filler.write_bytes(bytes(max(0, free - room)))
+        try:
+            commit(out, [record(row) for row in chance.sample(range(ROWS), 8)])
+        except StorageFailed as failure:
+            full += 1
+            assert "No space left on device" in str(failure)
+        filler.unlink()
+        assert read_segments(out, read_run(out), verify=in_this_process)[1] == []
+        assert not list(out.rglob("*.tmp"))
+    assert full > DISKS // 2
+    commit(out, [record(row) for row in range(ROWS)])
+
+    filler.write_bytes(bytes(shutil.disk_usage(out).free - 8192))
+    merged = merge(out, "--part-size", PART_SIZE)
+    assert merged.returncode == 1
+    assert merged.stderr.startswith("error: ") and merged.stderr.count("\n") == 1, merged.stderr
+    assert "No space left on device" in merged.stderr
+    filler.unlink()
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(
+    tmp_path, disk, many_rows, checkpoint, expected
+):
+    out = disk(3 << 20) / "out"
+    inputs = [*arguments_for(many_rows, checkpoint), "--checkpoint-interval", 20, "--output-dir", out]
+    ended = run(command(0, *inputs))
+    assert ended.returncode == 1, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "rows/s" not in line and line.strip()]
+    assert len(errors) == 1 and "No space left on device" in errors[0] and "the same command continues" in errors[0]
+    assert "warning: little room" in ended.stdout
+    committed = int(ended.stdout.split(" rows extracted, 0 failed")[0].split()[-1])
+    assert 0 < committed < 31 * COPIES
+    assert f"{committed} rows extracted, 0 failed, {31 * COPIES - committed} left" in ended.stdout
+    disk(1 << 30)
+    assert f"extracted: {committed}; failed: 0" in merge(out, "--check").stdout
+    done = run(command(0, *inputs))
+    assert done.returncode == 0, done.stderr
+    assert f"{31 * COPIES - committed} to do now" in done.stdout and "warning" not in done.stdout
+    assert merge(out).returncode == 0
+    rows = read_published(out)
+    assert_equal_to_reference(rows, of_copies(expected, rows))
+    assert len(rows) == 31 * COPIES
+
+
+def test_an_output_folder_that_goes_away_ends_the_run_and_is_not_made_anew(tmp_path):
+    out = begin_run(tmp_path)
+    commit(out, [record(0)])
+    run = read_run(out)
+    shard = ShardWriter(out, "late", 0, run, read_run_rows(out, run), 4)
+    out.rename(tmp_path / "elsewhere")
+    shard.add([record(1)])
+    with pytest.raises(StorageFailed, match="No such file or directory"):
+        shard.commit()
+    assert not out.exists()
+
+
+STAGED = """
+import os, signal, sys, time
+if "vqa_embeddings.opener" in " ".join(sys.orig_argv):  # stage what no file does to every version of a decoder
+    from PIL import Image
+    whole = Image.open
+
+    def open(path, *arguments, **settings):
+        if os.path.basename(path) == "crash.jpg":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if os.path.basename(path) == "hang.jpg":
+            time.sleep(600)
+        return whole(path, *arguments, **settings)
+
+    Image.open = open
+else:
+    import vqa_embeddings.opener
+    vqa_embeddings.opener.OPEN_SECONDS = 5
+"""
+
+
+def test_one_good_row_among_fifty_bad_ones_comes_out_right(tmp_path, checkpoint, expected):
+    images, staged = tmp_path / "images", tmp_path / "staged"
+    images.mkdir()
+    staged.mkdir()
+    (staged / "sitecustomize.py").write_text(STAGED)
+    worst = bad()
+    for name, (content, _) in worst.items():
+        lay(images, name, content)
+    shutil.copy(DATA / "cat.jpg", images)
+    shutil.copy(DATA / "cat.jpg", tmp_path / "secret.jpg")
+    good = next(row for row in table_rows() if row["image_id"] == "cat.jpg")
+    rows = [{**good, "question_id": f"bad {number}", "image_id": name} for number, name in enumerate(worst)]
+    rows.insert(20, good)
+    long = {**good, "question_id": "long", "question": "Is there a cat? " * 65_536}
+    out = tmp_path / "out"
+    inputs = arguments_for(write_table(tmp_path / "vqa.csv", [*rows, long]), checkpoint, images)
+    done = run(command(0, *inputs, "--output-dir", out), PYTHONPATH=f"{staged}:{ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert len(worst) >= 50
+    assert f"1 rows extracted, {len(worst) + 1} failed, 0 left" in done.stdout
+    assert merge(out).returncode == 4
+    extracted = read_published(out)
+    assert extracted.keys() == {good["question_id"]}
+    assert_equal_to_reference(extracted, expected)
+    failed = read_csv(out / "failed.csv")
+    assert {row["image_id"]: row["error"] for row in failed[:-1]} == {name: error for name, (_, error) in worst.items()}
+    assert failed[-1]["error"] == "PromptTooLong"
+    messages = {row["image_id"]: row["message"] for row in failed}
+    assert "ends the process that opens it (SIGSEGV)" in messages["crash.jpg"]
+    assert "has not been opened within 5 s" in messages["hang.jpg"]
+    assert all(len(message.split()) > 4 for message in messages.values())
+    assert json.loads((out / "coverage.json").read_text())["missing"] == 0
+    assert not list(tmp_path.rglob("*ran_code*"))
