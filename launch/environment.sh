@@ -40,6 +40,14 @@ enter_environment() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
+# find_mpirun: set $mpirun to the one that MPIRUN names, by default mpirun.
+find_mpirun() {
+    if ! mpirun=$(command -v "${MPIRUN:-mpirun}"); then
+        echo "error: there is no ${MPIRUN:-mpirun} here; load your cluster's MPI, or name its mpirun in MPIRUN" >&2
+        return 2
+    fi
+}
+
 # count_gpus: print how many GPUs this job, or this machine, has; 1 where there is none.
 count_gpus() {
     local gpus=0

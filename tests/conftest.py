@@ -62,7 +62,10 @@ def settings_for_runs(environment: dict[str, str]) -> dict[str, str]:
 
 
 def begin(
-    arguments: list[str], stdout: int | IO[bytes] = DEVNULL, stderr: int | IO[bytes] = DEVNULL, **environment: str
+    arguments: list[str],
+    stdout: int | IO[bytes] = DEVNULL,
+    stderr: int | IO[bytes] | None = DEVNULL,
+    **environment: str,
 ) -> subprocess.Popen:
     return subprocess.Popen(arguments, stdout=stdout, stderr=stderr, env=settings_for_runs(environment))
 

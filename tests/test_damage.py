@@ -147,8 +147,8 @@ def test_files_are_read_without_locks(out):
         assert "missing: 0" in merge(out, "--check").stdout
 
 
-# Commits segment after segment, and says after each which rows are safe. The n-th step on the disk kills it: before a
-# file is opened, synced, renamed or removed, or in the middle of writing one.
+# Commits segment after segment, and says after each which rows are safe. The n-th step on the disk kills it: before
+# something is synced, renamed, linked, removed or a folder made, or in the middle of writing a checksum or a segment.
 STORM = """
 import os, random, signal, sys
 from pathlib import Path
@@ -171,7 +171,7 @@ def commit_until(step, said):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sync, write = os.fsync, Path.write_bytes
+    sync, write, write_piece, pieces = os.fsync, Path.write_bytes, os.pwrite, 0
 
     def write_half(path, data):
         with open(path, "wb") as stream:
@@ -179,6 +179,14 @@ def commit_until(step, said):
         strike()
         return write(path, data)
 
+    def write_some(*piece):
+        nonlocal pieces
+        pieces += 1
+        if pieces % 16 == 0:  # a segment has some dozens
+            strike()
+        return write_piece(*piece)
+
+    os.pwrite = write_some
     os.fsync = lambda descriptor: (strike(), sync(descriptor))
     Path.write_bytes = write_half
     sys.addaudithook(lambda event, _: strike() if event in ("os.rename", "os.remove", "os.mkdir", "os.link") else None)

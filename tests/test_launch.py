@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, merge, run
+from conftest import ROOT, begin, merge, run
 
 LAUNCH = ROOT / "launch"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -67,17 +67,9 @@ def test_the_configuration_for_several_nodes_makes_one_launch_of_them(tmp_path, 
     config = [str(LAUNCH / "accelerate" / "several_nodes.yaml"), "--num_processes", "2"]
     where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     script = [str(ROOT / "extract_dist.py"), *map(str, photographs), "--output-dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    nodes = [
-        subprocess.Popen(
-            [*ACCELERATE, *config, *where, "--machine_rank", number, *script],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in "01"
-    ]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
+    line = [*ACCELERATE, *config, *where, "--machine_rank"]
+    nodes = [begin([*line, number, *script], stdout=subprocess.PIPE, stderr=None) for number in "01"]
+    said = [node.communicate(timeout=300)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0]
     assert_two_ranks_did_all(tmp_path, said[0])
 

@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, TERMS, arguments_for, kill, merge, processes, run, table_rows, write_table
+from conftest import ROOT, TERMS, arguments_for, kill, merge, processes, run, segments, settings_for_runs
 from published_reader import read_published
-from running import Running, all_end, assert_complete, stop_at_random_moments
+from running import Running, all_end, assert_complete, stop_at_random_moments, until
 from test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from test_rows import assert_equal_to_reference
 
@@ -45,9 +45,8 @@ class Mpirun:
         return run(self.line(ranks, *command), **{**self.settings, **environment})
 
     def begin(self, ranks: int, *command: object) -> subprocess.Popen[str]:
-        settings = {**os.environ, **self.settings, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(self.line(ranks, *command), env=settings, **out)
+        return subprocess.Popen(self.line(ranks, *command), env=settings_for_runs(self.settings), **out)
 
 
 def find_mpich() -> Mpirun:
@@ -252,14 +251,11 @@ def test_ranks_extract_without_mpi4py(tmp_path, mpirun, photographs, without):
     assert "rows: 31; extracted: 31; failed: 0; missing: 0" in merged.stdout
 
 
-def test_ranks_stop_after_a_commit_when_mpirun_is_asked_to(tmp_path, mpirun, checkpoint):
-    copies = [{**row, "question_id": f"{row['question_id']}-{copy}"} for row in table_rows() for copy in range(30)]
-    arguments = arguments_for(write_table(tmp_path / "many.csv", copies), checkpoint)
+def test_ranks_stop_after_a_commit_when_mpirun_is_asked_to(tmp_path, mpirun, many_rows, checkpoint):
+    arguments = arguments_for(many_rows, checkpoint)
     arguments += ["--output-dir", tmp_path / "out", "--batch-size", 1, "--checkpoint-interval", 2]
     launch = mpirun.begin(2, *RANK, *arguments)
-    deadline = time.monotonic() + 120
-    while len({path.parent for path in tmp_path.glob("out/shards/*/*.h5")}) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len({path.parent for path in segments(tmp_path / "out")}) == 2, launch)
     launch.send_signal(signal.SIGUSR1)
     said = launch.communicate(timeout=60)[0]
     assert launch.returncode == 0, said
@@ -359,10 +355,8 @@ def test_ranks_have_time_for_a_commit_when_every_process_is_asked_to_stop_at_onc
     environment = {**os.environ, **mpirun.settings, "PYTHONPATH": str(ROOT)}
     launch = subprocess.Popen([*supervised, "--", "--demo", "--output-dir", str(tmp_path / "out")], env=environment)
     files = [tmp_path / "0", tmp_path / "1"]
-    deadline = time.monotonic() + 60
-    while not all(map(Path.exists, files)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in [psutil.Process(launch.pid), *psutil.Process(launch.pid).children(recursive=True)]:
+    until(lambda: all(map(Path.exists, files)), launch, 60)
+    for process in processes(launch):
         process.send_signal(signal.SIGTERM)
     assert launch.wait(timeout=60) == 0
     assert [file.read_text() for file in files] == ["committed", "committed"]

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+TOO_LARGE = "it takes too much memory"
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
@@ -90,14 +91,19 @@ def open_picture(path: Path) -> Image.Image:
             picture.load()
             return _eight_bits(_upright(picture)).convert("RGB")
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        raise PictureUnreadable(f"{path.name} cannot be read as a picture: {_reason(path, error)}") from None
+        raise unreadable(path, _reason(path, error)) from None
+
+
+def unreadable(path: Path, reason: str) -> PictureUnreadable:
+    """What is raised about a file of which no picture can be made."""
+    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}")
 
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
     if isinstance(error, MemoryError):
-        return "it takes too much memory"
+        return TOO_LARGE
     return " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
 
 

@@ -105,10 +105,13 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     _check_part_size(holdings.parts, options.part_size)
     known = recorded_hashes(folder)
     holdings = _recorded(holdings, known)
-    suspects = holdings.parts if options.verify else _replaced(holdings, options.part_size)
-    holdings = _without_damaged(holdings, suspects, known, workers)
-    _set_damaged_aside(folder, holdings.corrupt)
     coverage, plans = _plan(holdings, options.part_size)
+    suspects = holdings.parts if options.verify else _replaced(holdings.parts, plans)
+    damaged = _find_damaged(suspects, known, workers)
+    if damaged:
+        holdings = _without(holdings, damaged)
+        coverage, plans = _plan(holdings, options.part_size)
+    _set_damaged_aside(folder, holdings.corrupt)
     to_write = [plan for plan in plans if plan.action == WRITE]
     _forget(folder, {part_path(folder, plan.number).name for plan in to_write} & known.keys())
     jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
@@ -124,20 +127,24 @@ def _plan(holdings: Holdings, part_size: int) -> tuple[Coverage, list[PartPlan]]
     return coverage, plan_parts(coverage, part_size, {part.number: part.rows for part in holdings.parts})
 
 
-def _replaced(holdings: Holdings, part_size: int) -> list[Part]:
+def _replaced(parts: Sequence[Part], plans: Sequence[PartPlan]) -> list[Part]:
     """The parts that are to be replaced: rows that no segment holds come from them, and must not bring damage along."""
-    _, plans = _plan(holdings, part_size)
     numbers = {plan.number for plan in plans if plan.action == WRITE}
-    return [part for part in holdings.parts if part.number in numbers]
+    return [part for part in parts if part.number in numbers]
 
 
-def _without_damaged(holdings: Holdings, parts: Sequence[Part], known: dict[str, str], workers: Workers) -> Holdings:
-    """Without those of some parts whose SHA-256 is not the one in `known`, which the last merge recorded."""
-    found = _hash_parts(parts, workers)
-    damaged = {part.path for part in parts if found[part.path.name] != known.get(part.path.name, found[part.path.name])}
-    corrupt = [Corrupt(path, "its SHA-256 is not the one that coverage.json recorded") for path in sorted(damaged)]
-    kept = [part for part in holdings.parts if part.path not in damaged]
-    return replace(holdings, parts=kept, corrupt=[*holdings.corrupt, *corrupt])
+def _find_damaged(parts: Sequence[Part], known: dict[str, str], workers: Workers) -> list[Corrupt]:
+    """Those of the parts whose SHA-256 is not the one in `known`, which the last merge recorded."""
+    recorded = [part.path for part in parts if part.path.name in known]
+    hashes = workers(sha256, recorded)
+    damaged = (path for path, found in zip(recorded, hashes, strict=True) if found != known[path.name])
+    return [Corrupt(path, "its SHA-256 is not the one that coverage.json recorded") for path in damaged]
+
+
+def _without(holdings: Holdings, damaged: Sequence[Corrupt]) -> Holdings:
+    paths = {corrupt.path for corrupt in damaged}
+    kept = [part for part in holdings.parts if part.path not in paths]
+    return replace(holdings, parts=kept, corrupt=[*holdings.corrupt, *damaged])
 
 
 def _check_part_size(parts: Sequence[Part], size: int) -> None:
@@ -174,11 +181,6 @@ def _recorded(holdings: Holdings, known: dict[str, str]) -> Holdings:
         in_segments[segment.rows] = True
     kept = [part for part in holdings.parts if part.path.name in known or not in_segments[part.rows].all()]
     return replace(holdings, parts=kept)
-
-
-def _hash_parts(parts: Sequence[Part], workers: Workers) -> dict[str, str]:
-    names, hashes = [part.path.name for part in parts], workers(sha256, [part.path for part in parts])
-    return dict(zip(names, hashes, strict=True))
 
 
 def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: PartPlan) -> PartJob:

@@ -6,7 +6,6 @@ MPI. A rank of the extraction therefore leaves MPI to a process of its own, whic
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import signal
@@ -15,7 +14,7 @@ import sys
 from typing import Any
 
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.signals import deaf_children, follow_parent
+from vqa_embeddings.signals import follow_parent, start_child
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
@@ -72,13 +71,9 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
     Raises:
         Refused: MPI was there and did not work, so that the other ranks may think otherwise.
     """
-    arguments = family, rank, size, os.getpid()
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import print_key; print_key{arguments}"
-    with deaf_children():
-        # MPICH's launcher talks to its ranks through a descriptor that they inherit.
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+    # MPICH's launcher talks to its ranks through a descriptor that they inherit.
+    streams = {"close_fds": False, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    child = start_child(print_key, family, rank, size, **streams)
     try:
         said, _ = child.communicate(timeout=MEETING_SECONDS)
     except subprocess.TimeoutExpired:
@@ -92,7 +87,7 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
             f"rank {rank} could not begin MPI (status {child.returncode}, MPI's own message is above); "
             "mend it, or take mpi4py out of the environment: the ranks do without"
         )
-    found = re.search(r"^mpi-[0-9a-f]{16}$", said, re.MULTILINE)
+    found = re.search(r"^mpi-[0-9a-f]{16}$", said.decode(errors="replace"), re.MULTILINE)
     return found and found[0]
 
 

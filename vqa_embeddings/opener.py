@@ -23,8 +23,8 @@ from typing import BinaryIO
 from PIL import Image
 
 from vqa_embeddings.errors import PictureUnreadable
-from vqa_embeddings.images import open_picture
-from vqa_embeddings.signals import deaf_children, follow_parent
+from vqa_embeddings.images import TOO_LARGE, open_picture, unreadable
+from vqa_embeddings.signals import follow_parent, start_child
 
 OPEN_SECONDS = 120.0  # for one picture, in which also a busy file server answers
 MEMORY_BYTES = 4 << 30  # of address space: Pillow refuses pictures whose pixels would take more than a quarter of it
@@ -55,7 +55,7 @@ class Openers:
                 reason = died
                 if isinstance(died, OpenerHung):
                     break
-        raise PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}")
+        raise unreadable(path, str(reason))
 
 
 class OpenerDied(Exception):
@@ -70,15 +70,8 @@ class Opener:
     """The process, and the pipes to it."""
 
     def __init__(self) -> None:
-        arguments = MEMORY_BYTES, os.getpid()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve{arguments}"
-        with deaf_children():  # it goes on until the rank is done with it
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = start_child(serve, MEMORY_BYTES, **streams)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout.fileno()
         self._ready = select.poll()
@@ -142,8 +135,10 @@ def _answer(answers: BinaryIO, path: Path) -> None:
         picture = open_picture(path)
         pixels = picture.tobytes()
     except (PictureUnreadable, MemoryError) as failure:
-        reason = str(failure) or f"{path.name} cannot be read as a picture: it takes too much memory"
-        answers.write(ANSWER.pack(False, len(reason.encode()), 0) + reason.encode())
+        if isinstance(failure, MemoryError):
+            failure = unreadable(path, TOO_LARGE)
+        reason = str(failure).encode()
+        answers.write(ANSWER.pack(False, len(reason), 0) + reason)
         return
     answers.write(ANSWER.pack(True, *picture.size))
     answers.write(pixels)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import NoReturn
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
 
 # A scheduler signals the ranks and their launcher, which passes it on: one request, not two. Under `accelerate launch`
 # the second was measured to come within 25 ms, with eight busy processes a core too; daemons in between take longer.
@@ -84,12 +85,20 @@ class StopFlag:
             os._exit(128 + number)
 
 
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """What is started by this thread meanwhile hears no request to stop, which a scheduler sends to every process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)
+def start_child(function: Callable[..., object], *arguments: object, **settings: Any) -> subprocess.Popen[bytes]:
+    """A Python process that calls `function(*arguments, parent)`, where `parent` is this process, for `follow_parent`.
+
+    It hears no request to stop, which a scheduler sends to every process: this one is to end it.
+
+    Args:
+        function: of a module; its arguments have to be what their `repr` says.
+        settings: of `subprocess.Popen`.
+    """
+    call = f"{function.__name__}{(*arguments, os.getpid())!r}"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {function.__module__} import {function.__name__}; {call}"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)  # which the child inherits
     try:
-        yield
+        return subprocess.Popen([sys.executable, "-c", code], **settings)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -5,11 +5,8 @@
 # any number of ranks; with mpi4py in the environment they then share evenly what is left.
 set -euo pipefail
 home=$(realpath "$(dirname "$0")/../..")
-if ! mpirun=$(command -v "${MPIRUN:-mpirun}"); then # yours, before another one comes with the environment
-    echo "error: there is no ${MPIRUN:-mpirun} here; load your cluster's MPI, or name its mpirun in MPIRUN" >&2
-    exit 2
-fi
 . "$home/launch/environment.sh"
+find_mpirun # yours, before another one comes with the environment
 enter_environment
 # EDIT: more options of your mpirun, such as where to start the ranks; "#" takes a line out.
 options=()

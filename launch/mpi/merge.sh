@@ -4,11 +4,8 @@
 # The exit status is the merge's: 0 all rows extracted, 3 rows missing, 4 none missing but some failed.
 set -euo pipefail
 home=$(realpath "$(dirname "$0")/../..")
-if ! mpirun=$(command -v "${MPIRUN:-mpirun}"); then # yours, before another one comes with the environment
-    echo "error: there is no ${MPIRUN:-mpirun} here; load your cluster's MPI, or name its mpirun in MPIRUN" >&2
-    exit 2
-fi
 . "$home/launch/environment.sh"
+find_mpirun # yours, before another one comes with the environment
 enter_environment
 # EDIT: more options of your mpirun, as in extract.sh.
 options=()
