@@ -54,7 +54,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         if options.model is None:
             say(world, NOTICE)
         options = demo_options(options)
-    table, write_rows = read_input(options)
+    table, pictures, write_rows = read_input(options)
     checkpoint = find_checkpoint(options.model or MODEL, options.revision, options.cache_dir)
     device = find_device(world.local_rank)
     dtype = choose_dtype(options.dtype, device)
@@ -78,11 +78,10 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     began = claim_run(options.output_dir, run)
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, write_rows)
-    assert options.images_dir is not None
     stop.defer()
     stages = Stages()
     settings = options.batch_size, options.num_workers
-    records = extract(engine, table, launch.rows, options.images_dir, *settings, stop.requested, stages)
+    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages)
     shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
     try:
         with shard, Progress(world, len(launch.rows)) as bar:

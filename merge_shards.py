@@ -17,7 +17,7 @@ import sys
 
 from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.options import parse_merge
-from vqa_embeddings.voice import fail, refuse
+from vqa_embeddings.voice import fail, refuse, say
 from vqa_embeddings.world import World, read_ranks
 
 
@@ -38,7 +38,8 @@ def main() -> int:
         return fail(failure, world)
     if outcome is None:  # a rank that has helped
         return 0
-    print(*outcome.sentences(options), sep="\n")
+    for sentence in outcome.sentences(options):
+        say(world, sentence)
     return outcome.status
 
 

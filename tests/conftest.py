@@ -7,7 +7,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import IO
@@ -137,3 +137,22 @@ def arguments_for(table: Path, checkpoint: Path, images: Path = DATA) -> list[ob
 def many_rows(tmp_path_factory) -> Path:
     copies = [{**row, "question_id": f"{row['question_id']}-{copy}"} for row in table_rows() for copy in range(COPIES)]
     return write_table(tmp_path_factory.mktemp("many") / "many.csv", copies)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many bytes, or changes the size of the one that is there."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        options = f"size={size},mode=755"
+        again = ["-o", f"remount,{options}"] if os.path.ismount(folder) else ["-o", options]
+        subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(folder)], check=True)
+        return folder
+
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if tried.returncode:
+        pytest.skip(f"no small disk can be mounted: {tried.stderr.decode().strip()}; run the tests as root")
+    yield resize
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)  # which the test may have done

@@ -134,8 +134,8 @@ def bad() -> dict[str, tuple[bytes | Callable[[Path], object], str]]:
         "wrong_sum.png": lossless[:60] + bytes([lossless[60] ^ 1]) + lossless[61:],
         "strip.png": encoded(np.zeros((2, 4000, 3), np.uint8), "PNG"),
         "column.png": encoded(np.zeros((9000, 1), np.uint8), "PNG"),
-        "crash.jpg": jpeg,
-        "hang.jpg": jpeg,
+        "crash.jpg": jpeg + b"crash",  # behind the picture, where no decoder looks but the one that is staged
+        "hang.jpg": jpeg + b"hang",
     }
     absent: dict[str, Callable[[Path], object] | None] = {
         "missing.jpg": None,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
-from conftest import COPIES, ROOT, arguments_for, command, merge, of_copies, run, table_rows, write_table
+from conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
 from odd_pictures import bad, lay
 from published_reader import read_published
 from test_failures import read_csv
@@ -24,11 +23,10 @@ from test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverag
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
-from vqa_embeddings.errors import StorageFailed
 from vqa_embeddings.files import sha256
 from vqa_embeddings.parts import recorded_hashes
-from vqa_embeddings.run import read_run, read_run_rows
-from vqa_embeddings.shards import ShardWriter, find_damage, read_segments
+from vqa_embeddings.run import read_run
+from vqa_embeddings.shards import find_damage, read_segments
 from vqa_embeddings.workers import in_this_process
 
 FLIPS, KILLS, DISKS = 1000, 200, 20
@@ -239,106 +237,18 @@ def test_kills_amid_a_commit_tear_no_file_and_lose_no_committed_row(out):
     assert coverage(out)["duplicates"] > 0
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a disk of so many bytes, or changes the size of the one that is there."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def resize(size: int) -> Path:
-        options = f"size={size},mode=755"
-        again = ["-o", f"remount,{options}"] if os.path.ismount(folder) else ["-o", options]
-        subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(folder)], check=True)
-        return folder
-
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if tried.returncode:
-        pytest.skip(f"no small disk can be mounted: {tried.stderr.decode().strip()}; run the tests as root")
-    yield resize
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_at_any_moment_leaves_what_was_committed_and_room_lets_it_go_on(tmp_path, disk):
-    chance = random.Random(9)
-    filler = disk(1 << 20) / "filler"
-    begun = begin_run(tmp_path)
-    size = 16 << 20
-    out = shutil.copytree(begun, disk(size) / "out")
-    full = 0
-    for _ in range(DISKS):
-        free = shutil.disk_usage(out).free
-        room = chance.choice([0, 4096, chance.randrange(200_000)])
-        filler.write_bytes(bytes(max(0, free - room)))
-        try:
-            commit(out, [record(row) for row in chance.sample(range(ROWS), 8)])
-        except StorageFailed as failure:
-            full += 1
-            assert "No space left on device" in str(failure)
-        filler.unlink()
-        assert read_segments(out, read_run(out), verify=in_this_process)[1] == []
-        assert not list(out.rglob("*.tmp"))
-    assert full > DISKS // 2
-    commit(out, [record(row) for row in range(ROWS)])
-
-    filler.write_bytes(bytes(shutil.disk_usage(out).free - 8192))
-    merged = merge(out, "--part-size", PART_SIZE)
-    assert merged.returncode == 1
-    assert merged.stderr.startswith("error: ") and merged.stderr.count("\n") == 1, merged.stderr
-    assert "No space left on device" in merged.stderr
-    filler.unlink()
-    assert merge(out, "--part-size", PART_SIZE).returncode == 0
-    assert_right(out, set(range(ROWS)))
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(
-    tmp_path, disk, many_rows, checkpoint, expected
-):
-    out = disk(3 << 20) / "out"
-    inputs = [*arguments_for(many_rows, checkpoint), "--checkpoint-interval", 20, "--output-dir", out]
-    ended = run(command(0, *inputs))
-    assert ended.returncode == 1, ended.stderr
-    errors = [line for line in ended.stderr.splitlines() if "rows/s" not in line and line.strip()]
-    assert len(errors) == 1 and "No space left on device" in errors[0] and "the same command continues" in errors[0]
-    assert "warning: little room" in ended.stdout
-    committed = int(ended.stdout.split(" rows extracted, 0 failed")[0].split()[-1])
-    assert 0 < committed < 31 * COPIES
-    assert f"{committed} rows extracted, 0 failed, {31 * COPIES - committed} left" in ended.stdout
-    disk(1 << 30)
-    assert f"extracted: {committed}; failed: 0" in merge(out, "--check").stdout
-    done = run(command(0, *inputs))
-    assert done.returncode == 0, done.stderr
-    assert f"{31 * COPIES - committed} to do now" in done.stdout and "warning" not in done.stdout
-    assert merge(out).returncode == 0
-    rows = read_published(out)
-    assert_equal_to_reference(rows, of_copies(expected, rows))
-    assert len(rows) == 31 * COPIES
-
-
-def test_an_output_folder_that_goes_away_ends_the_run_and_is_not_made_anew(tmp_path):
-    out = begin_run(tmp_path)
-    commit(out, [record(0)])
-    run = read_run(out)
-    shard = ShardWriter(out, "late", 0, run, read_run_rows(out, run), 4)
-    out.rename(tmp_path / "elsewhere")
-    shard.add([record(1)])
-    with pytest.raises(StorageFailed, match="No such file or directory"):
-        shard.commit()
-    assert not out.exists()
-
-
 STAGED = """
 import os, signal, sys, time
 if "vqa_embeddings.opener" in " ".join(sys.orig_argv):  # stage what no file does to every version of a decoder
     from PIL import Image
     whole = Image.open
 
-    def open(path, *arguments, **settings):
-        if os.path.basename(path) == "crash.jpg":
+    def open(stream, *arguments, **settings):
+        if stream.getvalue().endswith(b"crash"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if os.path.basename(path) == "hang.jpg":
+        if stream.getvalue().endswith(b"hang"):
             time.sleep(600)
-        return whole(path, *arguments, **settings)
+        return whole(stream, *arguments, **settings)
 
     Image.open = open
 else:
@@ -380,3 +290,60 @@ def test_one_good_row_among_fifty_bad_ones_comes_out_right(tmp_path, checkpoint,
     assert all(len(message.split()) > 4 for message in messages.values())
     assert json.loads((out / "coverage.json").read_text())["missing"] == 0
     assert not list(tmp_path.rglob("*ran_code*"))
+
+
+def links_away(file: h5py.File, name: str, secret: Path) -> None:
+    file[name] = h5py.ExternalLink(str(secret), "values")
+
+
+def links_within(file: h5py.File, name: str, secret: Path) -> None:
+    file[f"{name}_elsewhere"] = h5py.ExternalLink(str(secret), "values")
+    file[name] = h5py.SoftLink(f"/{name}_elsewhere")
+
+
+def stores_away(file: h5py.File, name: str, secret: Path) -> None:
+    file.create_dataset(name, (ROWS, 6), np.float32, external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+
+
+def shows_another_file(file: h5py.File, name: str, secret: Path) -> None:
+    layout = h5py.VirtualLayout((ROWS, 6), np.float32)
+    layout[:] = h5py.VirtualSource(str(secret), "values", (ROWS, 6))
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize("lead", [links_away, links_within, stores_away, shows_another_file])
+@pytest.mark.parametrize("victim", ["segment", "part"])
+def test_nothing_in_a_segment_or_a_part_makes_the_merge_read_another_file(out, lead, victim):
+    """Also where a checksum was made for it: those who share OUT need not be able to read the same files."""
+    secret = out.parent / "secret"
+    with h5py.File(secret, "w") as file:
+        file["values"] = np.full((ROWS, 6), 12345, np.float32)
+    commit(out, [record(row) for row in range(ROWS)], interval=ROWS)
+    if victim == "segment":
+        (path,) = out.glob("shards/*/*.h5")
+        name = "vision_only_representation"
+    else:
+        assert merge(out).returncode == 0
+        (path,) = out.glob("*.h5")
+        name = "q3/vision_only_representation"
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        lead(file, name, secret)
+        assert np.all(file[name][:] == 12345) or lead is stores_away
+    if victim == "segment":
+        path.with_name(path.name + ".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+    else:  # which is replaced, as one of its rows has come since
+        shutil.rmtree(next(out.glob("shards/*/")))
+        with h5py.File(path, "r+") as file:
+            del file["q0"]
+        told = coverage(out)
+        told["parts"][0]["sha256"] = sha256(path)
+        (out / "coverage.json").write_text(json.dumps(told))
+        commit(out, [record(0)])
+    merged = merge(out)
+    assert merged.returncode == 1
+    assert merged.stderr.startswith(f"error: {path} cannot be read, though its checksum holds ("), merged.stderr
+    assert "another file" in merged.stderr or "a link to another place" in merged.stderr
+    assert merged.stderr.count("\n") == 1
+    if victim == "segment":
+        assert not list(out.glob("*.h5"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ from running import all_end
 
 from vqa_embeddings import opener as opener_module
 from vqa_embeddings.errors import PictureNotFound, PictureUnreadable, StorageFailed
-from vqa_embeddings.images import PictureFolder, locate, open_picture
+from vqa_embeddings.folder import GONE, PictureFolder, locate
+from vqa_embeddings.images import open_picture
 from vqa_embeddings.opener import Openers
 
 ODD = odd()
@@ -75,6 +79,14 @@ def test_a_picture_that_must_not_be_read_is_refused():
                 os.seteuid(0)
 
 
+def staged(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Have every new Python process run `code` before all else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def the_opener(openers: Openers) -> psutil.Process:
     return psutil.Process(openers._of_thread.opener._process.pid)
 
@@ -88,18 +100,20 @@ def test_an_opener_that_was_killed_costs_nothing(tmp_path, openers):
     assert the_opener(openers).pid != before.pid
 
 
-def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_path, openers, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    openers(tmp_path / "cat.png")
+def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_path, monkeypatch):
+    for name, data in (("cat.jpg", b""), ("hang.jpg", b"hang")):
+        lay(tmp_path, name, UNREADABLE["hang.jpg"].removesuffix(b"hang") + data)
+    slow = "lambda stream, **b: (time.sleep(60 * stream.getvalue().endswith(b'hang')), whole(stream, **b))[1]"
+    staged(monkeypatch, tmp_path / "staged", f"import time, PIL.Image as m; whole = m.open; m.open = {slow}")
+    openers = Openers()
+    openers(tmp_path / "cat.jpg")
     hanging = the_opener(openers)
-    hanging.suspend()
-    monkeypatch.setattr(opener_module, "OPEN_SECONDS", 0.5)
+    monkeypatch.setattr(opener_module, "OPEN_SECONDS", 1)
     begun = time.monotonic()
-    with pytest.raises(PictureUnreadable, match="has not been opened within"):
-        openers(tmp_path / "cat.png")
-    assert time.monotonic() - begun < 2
-    monkeypatch.undo()
-    openers(tmp_path / "cat.png")
+    with pytest.raises(PictureUnreadable, match="has not been opened within 1 s"):
+        openers(tmp_path / "hang.jpg")
+    assert time.monotonic() - begun < 3
+    openers(tmp_path / "cat.jpg")
     assert all_end([hanging], 2)
 
 
@@ -129,19 +143,183 @@ def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, openers, m
         Openers()(tmp_path / "wide.png")
 
 
-def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(tmp_path):
-    images = tmp_path / "images"
-    lay(images, "cat.png", ODD["bitmap.bmp"][0])
-    folder = PictureFolder(images)
-    assert folder.locate("cat.png") == images / "cat.png"
-    with pytest.raises(PictureNotFound):
-        folder.locate("dog.png")
-    images.rename(tmp_path / "elsewhere")
+@pytest.fixture
+def folder(tmp_path) -> PictureFolder:
+    for name in ("cat.png", "more/cat.png"):
+        lay(tmp_path / "images", name, ODD["bitmap.bmp"][0])
+    return PictureFolder(tmp_path / "images")
+
+
+def test_a_picture_that_is_missing_is_the_rows_fault(folder):
+    for name in ("dog.png", "more/dog.png", "less/dog.png", "a\0b.png", "x" * 300, "more"):
+        folder.read("cat.png", open_picture)
+        folder.read("more/cat.png", open_picture)
+        with pytest.raises(PictureNotFound):
+            folder.read(name, open_picture)
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+@pytest.mark.parametrize("made_anew", [True, False])
+def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, read_before, made_anew):
+    if read_before:
+        folder.read("cat.png", open_picture)
+    folder.path.rename(folder.path.with_name("elsewhere"))
+    if made_anew:  # as the mount point is, say
+        folder.path.mkdir()
+    for name in ("cat.png", "more/cat.png", "dog.png"):
+        with pytest.raises(StorageFailed, match=r"images is no longer the folder .* mount it again"):
+            folder.read(name, open_picture)
+
+
+def test_a_folder_that_goes_away_between_finding_a_picture_and_reading_it_is_no_fault_of_the_rows(folder):
+    def open_too_late(path: Path) -> Image.Image:
+        folder.path.rename(folder.path.with_name("elsewhere"))
+        return open_picture(path)
+
     with pytest.raises(StorageFailed, match="mount it again"):
-        folder.locate("cat.png")
-    images.mkdir()  # the mount point, say
-    with pytest.raises(StorageFailed, match="mount it again"):
-        folder.locate("cat.png")
+        folder.read("cat.png", open_too_late)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_disk_below_the_folder_or_behind_its_links_that_goes_away_is_no_fault_of_the_rows(folder, small_disk, linked):
+    disk = small_disk(1 << 20)
+    (disk / "deep").mkdir()
+    lay(disk / "deep", "cat.png", ODD["bitmap.bmp"][0])
+    if linked:
+        (folder.path / "disk").symlink_to(disk)
+    else:
+        subprocess.run(["mount", "--bind", disk, folder.path / "more"], check=True)
+    place = "disk" if linked else "more"
+    try:
+        folder.read(f"{place}/deep/cat.png", open_picture)
+        with pytest.raises(PictureNotFound):
+            folder.read(f"{place}/deep/dog.png", open_picture)
+    finally:
+        subprocess.run(["umount", "--lazy", disk if linked else folder.path / "more"], check=True)
+    for name in ("deep/cat.png", "deep/dog.png", "other/cat.png"):
+        with pytest.raises(StorageFailed, match="is no longer the folder"):
+            folder.read(f"{place}/{name}", open_picture)
+    folder.read("cat.png", open_picture)
+
+
+def fails_with(number: int) -> Callable[[Path], Image.Image]:
+    def open_(path: Path) -> Image.Image:
+        raise PictureUnreadable("cannot be read", number)
+
+    return open_
+
+
+@pytest.mark.parametrize("number", sorted(GONE))
+def test_a_file_server_that_is_gone_is_no_fault_of_the_rows(folder, number):
+    with pytest.raises(StorageFailed, match="which is not the picture's fault"):
+        folder.read("cat.png", fails_with(number))
+
+
+def test_one_bad_block_costs_its_row_and_a_broken_disk_ends_the_run(folder):
+    for _ in range(5):
+        for _ in range(2):
+            with pytest.raises(PictureUnreadable):
+                folder.read("cat.png", fails_with(errno.EIO))
+        folder.read("cat.png", open_picture)
+    with pytest.raises(PictureUnreadable):
+        folder.read("cat.png", fails_with(errno.EIO))
+    with pytest.raises(PictureUnreadable):
+        folder.read("cat.png", fails_with(errno.EACCES))
+    with pytest.raises(PictureUnreadable):
+        folder.read("cat.png", fails_with(errno.EIO))
+    with pytest.raises(StorageFailed, match="Input/output error"):
+        folder.read("cat.png", fails_with(errno.EIO))
+
+
+@pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])
+def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through):
+    with pytest.raises(PictureUnreadable, match="No such file or directory") as failed:
+        through(tmp_path / "gone.png")
+    assert failed.value.errno == errno.ENOENT
+    lay(tmp_path, "half.png", ODD["bitmap.bmp"][0][:100])
+    with pytest.raises(PictureUnreadable) as failed:
+        through(tmp_path / "half.png")
+    assert failed.value.errno is None
+
+
+def test_an_opener_that_cannot_start_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
+    staged(monkeypatch, tmp_path / "staged", "import os, sys; sys.stderr.write('no room for that\\n'); os._exit(3)")
+    with pytest.raises(StorageFailed, match=r"ends at its start \(no room for that\)"):
+        Openers()(tmp_path / "cat.png")
+
+
+def test_an_opener_that_does_not_become_ready_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
+    staged(monkeypatch, tmp_path / "staged", "import time; time.sleep(60)")
+    monkeypatch.setattr(opener_module, "START_SECONDS", 1)
+    with pytest.raises(StorageFailed, match="has not started within 1 s"):
+        Openers()(tmp_path / "cat.png")
+
+
+def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_path, monkeypatch):
+    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
+    start, tries = opener_module.start_child, 0
+
+    def start_at_times(*arguments, **settings):
+        nonlocal tries
+        tries += 1
+        if tries in free:
+            return start(*arguments, **settings)
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(opener_module, "start_child", start_at_times)
+    monkeypatch.setattr(opener_module, "PAUSES", (0.01, 0.01))
+    free = {3}
+    Openers()(tmp_path / "cat.png")
+    free = set()
+    with pytest.raises(StorageFailed, match=r"no process can be started .*temporarily unavailable"):
+        Openers()(tmp_path / "cat.png")
+
+
+def test_a_file_that_nobody_delivers_is_no_fault_of_the_picture(tmp_path, openers, monkeypatch):
+    os.mkfifo(tmp_path / "slow.png")
+    monkeypatch.setattr(opener_module, "OPEN_SECONDS", 1)
+    with pytest.raises(StorageFailed, match=r"slow.png has not been read within 1 s"):
+        openers(tmp_path / "slow.png")
+
+
+def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch):
+    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
+    print_often = "import os, PIL.Image as module; whole = module.open; print('hello'); os.write(2, b'hello')\n"
+    print_more = (
+        "module.open = lambda *a, **b: (os.write(1, b'x' * 9999), os.write(2, b'y' * 99999), whole(*a, **b))[2]"
+    )
+    staged(monkeypatch, tmp_path / "staged", print_often + print_more)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    for _ in range(3):
+        assert np.array_equal(np.asarray(Openers()(tmp_path / "cat.png")), ODD["bitmap.bmp"][1])
+
+
+def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch):
+    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
+    slow = "import time, PIL.Image as module; whole = module.open\n"
+    staged(
+        monkeypatch, tmp_path / "staged", slow + "module.open = lambda *a, **b: (time.sleep(1.5), whole(*a, **b))[1]"
+    )
+    script = (
+        "import sys; from pathlib import Path; import vqa_embeddings.opener as module\n"
+        "openers = module.Openers(); openers(Path(sys.argv[1])); module.OPEN_SECONDS = 3; print('open', flush=True)\n"
+        "openers(Path(sys.argv[1])); print('open', flush=True)"
+    )
+    rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
+    assert rank.stdout.readline() == b"open\n"
+    time.sleep(0.5)
+    both = [rank, *rank.children()]
+    assert len(both) == 2
+    for process in both:
+        process.suspend()
+    time.sleep(4)
+    rank.resume()  # which looks at the clock first
+    time.sleep(0.2)
+    both[1].resume()
+    assert rank.stdout.readline() == b"open\n"
+    assert rank.wait() == 0
 
 
 def test_links_in_the_folder_are_followed(tmp_path):

@@ -9,7 +9,7 @@ class Refused(Exception):
 
 
 class StorageFailed(Exception):
-    """A disk or a folder fails in the middle of the work: exit status 1.
+    """A disk, a folder or the machine itself fails in the middle of the work: exit status 1.
 
     The message is one sentence for the user, as that of `Refused`.
     """
@@ -20,6 +20,10 @@ class RowFailed(Exception):
 
     The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`.
     """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno  # what the operating system has said, where it has said something
 
 
 class PictureNotFound(RowFailed):

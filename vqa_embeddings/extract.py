@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 from vqa_embeddings.batch import Batch, Seated, size_cache
 from vqa_embeddings.cache import Prefix
 from vqa_embeddings.errors import NonFiniteValues, RowFailed
-from vqa_embeddings.images import PictureFolder, open_picture, read_ahead
+from vqa_embeddings.folder import PictureFolder
+from vqa_embeddings.images import open_picture, read_ahead
 from vqa_embeddings.opener import Openers
 from vqa_embeddings.phi4 import Phi4, Picture
 from vqa_embeddings.records import Extracted, Failed
@@ -34,7 +34,7 @@ def extract(
     model: Phi4,
     table: Table,
     rows: Sequence[int] | np.ndarray,
-    images_dir: Path,
+    folder: PictureFolder,
     batch_size: int | None,
     workers: int,
     stopping: Callable[[], bool] = lambda: False,
@@ -51,11 +51,10 @@ def extract(
     Yields:
         The records that one unit of work has finished, often none.
     """
-
-    folder, open_ = PictureFolder(images_dir), Openers() if workers else open_picture
+    open_ = Openers() if workers else open_picture
 
     def prepare(group: tuple[str, list[int]]) -> Pixels:
-        return model.pixels(open_(folder.locate(group[0])))
+        return model.pixels(folder.read(group[0], open_))
 
     read = read_ahead(_by_picture(table, rows), prepare, workers, stopping)
     pictures = ((group[1], found) for group, found in read)

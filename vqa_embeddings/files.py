@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -100,14 +101,45 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A block that reads a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageFailed: it cannot be read, which says nothing about what it holds.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _not_read(path, error) from error
+
+
 def sha256(path: Path) -> str:
-    """SHA-256 of the whole file, in hex."""
+    """SHA-256 of the whole file, in hex. Raises what `reading` raises."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as stream:
+    with reading(path), open(path, "rb", buffering=0) as stream:
         while size := stream.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content.
+
+    Raises:
+        StorageFailed: the source cannot be read.
+        OSError: the target cannot be written.
+    """
+    try:
+        descriptor = os.open(source, os.O_RDONLY)
+    except OSError as error:
+        raise _not_read(source, error) from error
+    with open(descriptor, "rb") as stream, open(target, "wb") as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
 
 
 def sync_and_hash(path: Path) -> str:
@@ -117,3 +149,9 @@ def sync_and_hash(path: Path) -> str:
         digest = sha256(path)
         synced.result()  # raises what the disk has to say
     return digest
+
+
+def _not_read(path: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(
+        f"{path} cannot be read ({error.strerror or error}); mend the disk, and the same command continues"
+    )

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from h5py import h5f, h5fd, h5g, h5o, h5p, h5t
+from h5py import h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5t
+
+from vqa_embeddings.errors import StorageFailed, one_line
 
 # From HDF5 1.8 (metadata with checksums) to 1.10; what "latest" of HDF5 2 writes, 1.14 cannot read.
 OLDEST, NEWEST = h5f.LIBVER_V18, h5f.LIBVER_V110
@@ -58,6 +60,51 @@ def new_memory_file() -> h5py.File:
 def open_file(path: Path) -> h5py.File:
     """A file to read. Without a lock: none is ever written to under this name, and some file systems have no locks."""
     return h5py.File(path, "r", locking=False)
+
+
+@contextmanager
+def open_verified(path: Path) -> Iterator[h5py.File]:
+    """A file whose hash is right: where it still cannot be read, the disk fails, or somebody has forged both.
+
+    Raises:
+        StorageFailed: it cannot.
+    """
+    try:
+        with open_file(path) as file:
+            yield file
+    except (OSError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise misread(path, error) from error
+
+
+def misread(path: Path, error: Exception) -> StorageFailed:
+    """What is raised about a file whose hash is right, and which cannot be read."""
+    return StorageFailed(
+        f"{path} cannot be read, though its checksum holds ({one_line(error)}); "
+        "mend the disk, or move the file away, and the same command continues"
+    )
+
+
+def get_dataset(parent: h5py.Group, name: str) -> h5py.Dataset:
+    """The dataset of this name, whose values lie in the file itself.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it leads to another place: what can write one file could have any other read through it.
+    """
+    *groups, last = name.split("/")
+    for step in groups:
+        parent = _follow(parent, step)
+    dataset = _follow(parent, last)
+    creation = dataset.id.get_create_plist()
+    if creation.get_layout() == h5d.VIRTUAL or creation.get_external_count():
+        raise ValueError(f"{name} has its values in another file")
+    return dataset
+
+
+def _follow(parent: h5py.Group, name: str) -> Any:
+    if parent.id.links.get_info(name.encode()).type != h5l.TYPE_HARD:
+        raise ValueError(f"{name} is a link to another place")
+    return parent[name]
 
 
 def text_of(attribute: object) -> str:

@@ -1,8 +1,8 @@
-"""Pictures: found below the folder, shown as a viewer shows them, read ahead of the model."""
+"""Pictures: shown as a viewer shows them, read ahead of the model."""
 
 from __future__ import annotations
 
-import stat
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, RowFailed, StorageFailed
+from vqa_embeddings.errors import PictureUnreadable, RowFailed
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -23,88 +23,55 @@ TOO_LARGE = "it takes too much memory"
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
-class PictureFolder:
-    """The folder of pictures, which has to stay where it is: what is missing then would not be the rows' fault."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._identity = self._identify()
-
-    def locate(self, name: str) -> Path:
-        """As `locate`.
-
-        Raises:
-            StorageFailed: there is no picture, nor the folder any more.
-        """
-        try:
-            return locate(self.path, name)
-        except PictureNotFound:
-            if self._identify() != self._identity:
-                raise StorageFailed(
-                    f"{self.path} is no longer the folder that it was when this run began; "
-                    "mount it again, and the same command continues"
-                ) from None
-            raise
-
-    def _identify(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
+def open_picture(path: Path) -> Image.Image:
+    """The picture that lies at `path`, as `decode` gives it."""
+    return decode(path, read_file(path))
 
 
-def locate(folder: Path, name: str) -> Path:
-    """Where the picture `name` lies below `folder`. Links inside the folder are followed, wherever they lead.
+def read_file(path: Path) -> bytes:
+    """What the file holds.
 
     Raises:
-        PictureOutsideFolder: the name is absolute, or has a `..`.
-        PictureNotFound: the name is empty, or no file is there.
+        PictureUnreadable: it cannot be read; with the number of the error.
     """
-    if not name.strip():
-        raise PictureNotFound("the row names no picture; expected a file name below --images-dir")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise PictureOutsideFolder(
-            f"{name!r} leads out of the picture folder; expected a relative path below --images-dir"
-        )
-    path = folder / name
     try:
-        found = None if stat.S_ISREG(path.stat().st_mode) else "it is not a file"
-    except (OSError, ValueError) as error:  # not there, a name too long, no permission, a broken disk
-        found = getattr(error, "strerror", None) or str(error)
-    if found is not None:
-        raise PictureNotFound(f"{name!r} cannot be found ({found}); expected a picture below --images-dir")
-    return path
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error), error.errno) from None
+    except MemoryError:
+        raise unreadable(path, TOO_LARGE) from None
 
 
-def open_picture(path: Path) -> Image.Image:
+def decode(path: Path, data: bytes) -> Image.Image:
     """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
 
     Transparency is left out, as the published script does. Of 16 bits of grey the upper eight are taken, as a viewer
     does; Pillow's own conversion would make all that is not nearly black white.
 
+    Args:
+        path: where it was read, for messages.
     Raises:
-        PictureUnreadable: the file is no whole picture of a format in `FORMATS`.
+        PictureUnreadable: it is no whole picture of a format in `FORMATS`.
     """
     try:
-        with Image.open(path, formats=_formats()) as picture:
+        with Image.open(io.BytesIO(data), formats=_formats()) as picture:
             picture.load()
             return _eight_bits(_upright(picture)).convert("RGB")
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        raise unreadable(path, _reason(path, error)) from None
+        raise unreadable(path, _reason(error)) from None
 
 
-def unreadable(path: Path, reason: str) -> PictureUnreadable:
+def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """What is raised about a file of which no picture can be made."""
-    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}")
+    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}", errno)
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
     if isinstance(error, MemoryError):
         return TOO_LARGE
-    return " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _formats() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -12,8 +11,8 @@ import numpy as np
 
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, versions
-from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import new_csv
+from vqa_embeddings.files import copy_file, new_csv
+from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.plan import pack, share_rows, unpack
@@ -35,20 +34,18 @@ class Launch:
     rows: np.ndarray  # int64 [m], of them, those of this rank, picture after picture
 
 
-def read_input(options: ExtractOptions) -> tuple[Table, Callable[[Path], object]]:
-    """The table to extract, and what writes it as a CSV: the input as it was, or the three rows of `--test`.
+def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[[Path], object]]:
+    """The table to extract, its pictures, and what writes it as a CSV: as it was, or the three rows of `--test`.
 
     Raises:
         Refused: the CSV or the picture folder cannot be used.
     """
     path, images = options.vqa_dataset, options.images_dir
     assert path is not None and images is not None  # parse_extract and demo_options see to it
+    folder = PictureFolder(images)
     table = read_table(path)
-    if not images.is_dir():
-        found = "is a file" if images.exists() else "is not there"
-        raise Refused(f"{images} {found}; expected the folder of pictures, check --images-dir")
     if not options.test:
-        return table, lambda target: shutil.copyfile(path, target)
+        return table, folder, lambda target: copy_file(path, target)
     chosen = sample(len(table), TEST_ROWS)
 
     def write_sample(target: Path) -> None:
@@ -58,7 +55,7 @@ def read_input(options: ExtractOptions) -> tuple[Table, Callable[[Path], object]
                 if position in chosen:
                     add(row)
 
-    return select(table, chosen), write_sample
+    return select(table, chosen), folder, write_sample
 
 
 def describe_run(

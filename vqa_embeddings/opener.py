@@ -22,14 +22,18 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from vqa_embeddings.errors import PictureUnreadable
-from vqa_embeddings.images import TOO_LARGE, open_picture, unreadable
+from vqa_embeddings.errors import PictureUnreadable, StorageFailed
+from vqa_embeddings.images import TOO_LARGE, decode, read_file, unreadable
 from vqa_embeddings.signals import follow_parent, start_child
 
-OPEN_SECONDS = 120.0  # for one picture, in which also a busy file server answers
+START_SECONDS = 600.0  # in which a thousand ranks import from one file server
+OPEN_SECONDS = 120.0  # for reading a picture, which a busy file server takes its time for, and again for decoding it
+SLICE_SECONDS = 0.5  # by which these are counted: while a job is suspended, only the slice under way passes
 MEMORY_BYTES = 4 << 30  # of address space: Pillow refuses pictures whose pixels would take more than a quarter of it
 TRIES = 2  # an opener may also have been ended by a machine without memory, which is not its picture's fault
-ANSWER = struct.Struct("!?qq")  # whether it is a picture; its width and height, or the length of the reason and 0
+PAUSES = (1.0, 10.0)  # seconds until another process may be started, where there are too many or too little memory
+STEP_DONE = b"+"  # said once at the start, and of each picture once its file is read
+ANSWER = struct.Struct("!?qq")  # whether it is a picture; its width and height, or the reason's length and number
 
 
 class Openers:
@@ -43,18 +47,20 @@ class Openers:
 
         Raises:
             PictureUnreadable: as `open_picture`; or the picture has ended its opener twice, or takes too long.
+            StorageFailed: no process can be started, or the file server does not answer.
         """
         for _ in range(TRIES):
             opener = getattr(self._of_thread, "opener", None)
-            if opener is None:
-                opener = self._of_thread.opener = Opener()
             try:
+                opener = self._of_thread.opener = opener or _start()
                 return opener.open(path)
             except OpenerDied as died:
                 self._of_thread.opener = None
                 reason = died
                 if isinstance(died, OpenerHung):
                     break
+        if isinstance(reason, NotStarted):
+            raise StorageFailed(f"{reason}; mend that, and the same command continues")
         raise unreadable(path, str(reason))
 
 
@@ -66,16 +72,57 @@ class OpenerHung(OpenerDied):
     """The process was ended, as it took too long."""
 
 
+class NotStarted(OpenerDied):
+    """The process has ended before there was a picture."""
+
+
+def _start() -> Opener:
+    for pause in PAUSES:
+        with suppress(OSError):
+            return Opener()
+        time.sleep(pause)
+    try:
+        return Opener()
+    except OSError as error:
+        raise StorageFailed(
+            f"no process can be started that opens pictures ({error.strerror}); "
+            "end what else runs here, or ask for less (--num-workers), and the same command continues"
+        ) from None
+
+
 class Opener:
     """The process, and the pipes to it."""
 
     def __init__(self) -> None:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = start_child(serve, MEMORY_BYTES, **streams)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout.fileno()
+        """Start it, and wait until it is ready.
+
+        Raises:
+            OSError: no process can be started.
+            NotStarted: it has ended at once.
+            StorageFailed: it takes too long.
+        """
+        ear, mouth = os.pipe()  # and not its standard output, on which any module may print
+        self._answers = os.fdopen(ear, "rb", buffering=0)
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        try:
+            self._process = start_child(serve, MEMORY_BYTES, mouth, pass_fds=[mouth], **streams)
+        finally:
+            os.close(mouth)
         self._ready = select.poll()
         self._ready.register(self._answers, select.POLLIN)
+        assert self._process.stdin is not None and self._process.stderr is not None
+        self._requests = self._process.stdin
+        with self._process.stderr as complaints:
+            try:
+                self._read(len(STEP_DONE), START_SECONDS)
+            except OpenerHung:
+                raise StorageFailed(
+                    f"the process that opens pictures has not started within {START_SECONDS:.0f} s; "
+                    "mend the file server of the Python environment, and the same command continues"
+                ) from None
+            except OpenerDied:
+                said = complaints.read().decode(errors="replace").strip().splitlines() or [self._end()]
+                raise NotStarted(f"the process that opens pictures ends at its start ({said[-1]})") from None
 
     def open(self, path: Path) -> Image.Image:
         """The picture as RGB.
@@ -84,61 +131,84 @@ class Opener:
             PictureUnreadable: it is none.
             OpenerDied: of this picture, or of something else.
             OpenerHung: likewise.
+            StorageFailed: its file cannot be read in time.
         """
-        deadline = time.monotonic() + OPEN_SECONDS
         name = os.fsencode(path)
         try:
             self._requests.write(struct.pack("!q", len(name)) + name)
             self._requests.flush()
         except OSError:  # it ended before this picture
-            raise OpenerDied(f"the process that opens pictures has ended ({self._wait()})") from None
-        good, *size = ANSWER.unpack(self._read(ANSWER.size, deadline))
+            raise OpenerDied(f"the process that opens pictures has ended ({self._end()})") from None
+        try:
+            self._read(len(STEP_DONE), OPEN_SECONDS)
+        except OpenerHung:
+            raise StorageFailed(
+                f"{path} has not been read within {OPEN_SECONDS:.0f} s; "
+                "mend its file server, and the same command continues"
+            ) from None
+        good, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
         if not good:
-            raise PictureUnreadable(self._read(size[0], deadline).decode())
+            length, number = size
+            raise PictureUnreadable(self._read(length, OPEN_SECONDS).decode(), number or None)
         width, height = size
-        return Image.frombytes("RGB", (width, height), self._read(width * height * 3, deadline))
+        return Image.frombytes("RGB", (width, height), self._read(width * height * 3, OPEN_SECONDS))
 
-    def _read(self, count: int, deadline: float) -> bytearray:
+    def _read(self, count: int, seconds: float) -> bytearray:
+        """So many bytes, between which the process may be silent for so long."""
         data = bytearray(count)
         room = memoryview(data)
         while room:
-            if not self._ready.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+            if not any(self._ready.poll(1000 * SLICE_SECONDS) for _ in range(round(seconds / SLICE_SECONDS))):
                 self._process.kill()
-                raise OpenerHung(f"it has not been opened within {OPEN_SECONDS:.0f} s")
-            got = os.readv(self._answers, [room])
+                raise OpenerHung(f"it has not been opened within {seconds:.0f} s")
+            got = self._answers.readinto(room)
             if not got:
-                raise OpenerDied(f"it ends the process that opens it ({self._wait()})")
+                raise OpenerDied(f"it ends the process that opens it ({self._end()})")
             room = room[got:]
         return data
 
-    def _wait(self) -> str:
+    def _end(self) -> str:
         status = self._process.wait()
         return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
-def serve(memory: int, parent: int) -> None:
-    """What the process does, with so many bytes: open one picture after another, until there are no more."""
+def serve(memory: int, answers: int, parent: int) -> None:
+    """What the process does, with so many bytes: open one picture after another, until there are no more.
+
+    Args:
+        answers: descriptor of the pipe that takes the answers.
+    """
     follow_parent(signal.SIGKILL, parent)
     with suppress(ValueError, OSError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    while head := requests.read(8):
-        path = Path(os.fsdecode(requests.read(*struct.unpack("!q", head))))
-        _answer(answers, path)
-        answers.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on only decoders complain, and nobody listens
+    requests = sys.stdin.buffer
+    with open(answers, "wb") as stream:
+        _finish_step(stream)
+        while head := requests.read(8):
+            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))))
+            stream.flush()
 
 
-def _answer(answers: BinaryIO, path: Path) -> None:
+def _answer(stream: BinaryIO, path: Path) -> None:
     try:
-        picture = open_picture(path)
+        try:
+            data = read_file(path)
+        finally:
+            _finish_step(stream)
+        picture = decode(path, data)
         pixels = picture.tobytes()
-    except (PictureUnreadable, MemoryError) as failure:
-        if isinstance(failure, MemoryError):
-            failure = unreadable(path, TOO_LARGE)
+    except (PictureUnreadable, MemoryError) as error:
+        failure = error if isinstance(error, PictureUnreadable) else unreadable(path, TOO_LARGE)
         reason = str(failure).encode()
-        answers.write(ANSWER.pack(False, len(reason), 0) + reason)
+        stream.write(ANSWER.pack(False, len(reason), failure.errno or 0) + reason)
         return
-    answers.write(ANSWER.pack(True, *picture.size))
-    answers.write(pixels)
+    stream.write(ANSWER.pack(True, *picture.size))
+    stream.write(pixels)
+
+
+def _finish_step(stream: BinaryIO) -> None:
+    stream.write(STEP_DONE)
+    stream.flush()

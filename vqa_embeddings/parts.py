@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
-from vqa_embeddings.errors import Refused
-from vqa_embeddings.files import publish, sync_and_hash
-from vqa_embeddings.hdf5 import Groups, new_file, new_memory_file, open_file, text_of
+from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.files import publish, sha256, sync_and_hash
+from vqa_embeddings.hdf5 import (
+    Groups,
+    get_dataset,
+    misread,
+    new_file,
+    new_memory_file,
+    open_file,
+    open_verified,
+    text_of,
+)
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
-from vqa_embeddings.shards import PIXEL_MEAN, VECTORS, Corrupt, read_records
+from vqa_embeddings.shards import PIXEL_MEAN, UNUSABLE, VECTORS, Corrupt, read_records
 from vqa_embeddings.table import Table
 
 PART_NAME = "phi4_multimodal_embeddings_part_{:03d}.h5"
@@ -74,24 +85,36 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
         return {}
 
 
+def count_part_bytes(folder: Path) -> int:
+    """What the parts that are there take on the disk."""
+    return sum(path.stat().st_size for path in find_parts(folder).values())
+
+
+def find_parts(folder: Path) -> dict[int, Path]:
+    """The files in the output folder that are named like parts, by number."""
+    named = ((PART_PATTERN.fullmatch(path.name), path) for path in folder.glob("*.h5"))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
 def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[Corrupt]]:
     """The parts in the output folder by number, and those that are damaged.
 
     Raises:
         Refused: a file is named like a part and belongs to something else.
+        StorageFailed: the disk does not let one be read.
     """
     parts: list[Part] = []
     corrupt: list[Corrupt] = []
     recorded = recorded_hashes(folder)
-    for path in sorted(folder.glob("*.h5")):
-        match = PART_PATTERN.fullmatch(path.name)
-        if match is None:
-            continue
+    for number, path in find_parts(folder).items():
         try:
-            parts.append(_read_part(path, int(match[1]), run, table, path.name in recorded))
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            corrupt.append(Corrupt(path, " ".join(str(error).split())))
-    return sorted(parts, key=lambda part: part.number), corrupt
+            parts.append(_read_part(path, number, run, table, path.name in recorded))
+        except UNUSABLE as error:
+            with suppress(FileNotFoundError):  # set aside by another merge at this moment
+                if sha256(path) == recorded.get(path.name):
+                    raise misread(path, error) from error
+                corrupt.append(Corrupt(path, one_line(error)))
+    return parts, corrupt
 
 
 def write_part(job: PartJob) -> tuple[Path, str]:
@@ -222,11 +245,15 @@ def _read_part(path: Path, number: int, run: Run, table: Table, recorded: bool) 
 
 def _read_old(job: PartJob) -> list[Extracted]:
     records = []
-    with open_file(job.path) as file:
+    with open_verified(job.path) as file:
         for row in job.old_rows:
-            group = file[job.rows.ids[row - job.first]]
-            states = [np.stack([group[name][f"layer_{layer}"][:] for layer in job.run.layers]) for name in VECTORS[1:]]
-            mean = group[PIXEL_MEAN][:] if job.run.pixel_mean else np.zeros(0, np.float32)
-            answer = group["answer"].asstr()[()]
-            records.append(Extracted(row, group[VECTORS[0]][:], states[0], states[1], mean, answer))
+            read = partial(_read_dataset, file, job.rows.ids[row - job.first])
+            states = [np.stack([read(f"{name}/layer_{layer}")[:] for layer in job.run.layers]) for name in VECTORS[1:]]
+            mean = read(PIXEL_MEAN)[:] if job.run.pixel_mean else np.zeros(0, np.float32)
+            answer = read("answer").asstr()[()]
+            records.append(Extracted(row, read(VECTORS[0])[:], states[0], states[1], mean, answer))
     return records
+
+
+def _read_dataset(file: h5py.File, identity: str, name: str) -> h5py.Dataset:
+    return get_dataset(file, f"{identity}/{name}")

@@ -85,7 +85,7 @@ def find_shortage(free: int, segments: int, parts: int) -> str | None:
     Args:
         free: bytes that are free now.
         segments: bytes that this launch is to write.
-        parts: bytes of all parts, which the merge writes beside the segments.
+        parts: bytes of the parts that are not there yet, which the merge writes beside the segments.
     """
     if segments > free:
         return f"it needs about {_size(segments)} and {_size(free)} are free: the run will end when the disk is full"

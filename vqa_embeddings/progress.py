@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from vqa_embeddings.compute import Choice, Device
 from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
+from vqa_embeddings.parts import count_part_bytes
 from vqa_embeddings.plan import find_shortage
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import Run
@@ -19,11 +23,27 @@ from vqa_embeddings.voice import say
 from vqa_embeddings.world import World
 
 
+class _Errors:
+    """Standard error, for a bar. Where nobody can see it, as on a full disk of logs, the work goes on all the same."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
 class Progress:
     """A bar over the rows of this rank, shown by the main process."""
 
     def __init__(self, world: World, rows: int) -> None:
-        self._bar = tqdm(total=rows, unit=" rows", disable=not world.main, mininterval=0.5, smoothing=0.05)
+        settings = {"file": _Errors(), "mininterval": 0.5, "smoothing": 0.05}
+        self._bar = tqdm(total=rows, unit=" rows", disable=not world.main, **settings)
         self._failed = 0
 
     def __enter__(self) -> Progress:
@@ -53,7 +73,8 @@ def say_plan(
     say(world, f"model: {run.model} ({run.layout} layout, vision LoRA {run.lora}), layers {run.layers}")
     say(world, f"device: {device.description}; {dtype.value} ({dtype.reason}); {attention.value} ({attention.reason})")
     free = shutil.disk_usage(options.output_dir).free
-    shortage = find_shortage(free, launch.slice_pending * run.row_bytes, run.rows * run.row_bytes)
+    parts = max(0, run.rows * run.row_bytes - count_part_bytes(options.output_dir))
+    shortage = find_shortage(free, launch.slice_pending * run.row_bytes, parts)
     if shortage:
         say(world, f"warning: little room in {options.output_dir}: {shortage}; make room")
     if not launch.slice_pending:

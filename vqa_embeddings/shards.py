@@ -19,8 +19,9 @@ from types import TracebackType
 import h5py
 import numpy as np
 
-from vqa_embeddings.files import publish, publish_text, sha256
-from vqa_embeddings.hdf5 import Groups, new_file, open_file, text_of
+from vqa_embeddings.errors import one_line
+from vqa_embeddings.files import publish, publish_text, reading, sha256
+from vqa_embeddings.hdf5 import Groups, get_dataset, new_file, open_file, open_verified, text_of
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import SHARDS_FOLDER, Run
 from vqa_embeddings.table import Table
@@ -32,6 +33,8 @@ FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
 VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
 PIXEL_MEAN = "pixel_mean_representation"
+NO_CHECKSUM = "its checksum is not there"
+UNUSABLE = (OSError, KeyError, ValueError, RuntimeError)  # what a file raises that is not what its name says
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,9 @@ def read_segments(folder: Path, run: Run, verify: Workers | None) -> tuple[list[
         try:
             if reason is None:
                 segments.append(_read_index(path, run))
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            if not path.exists():  # set aside or pruned by a merge at this moment
-                continue
-            reason = " ".join(str(error).split())
-        if reason is not None:
+        except UNUSABLE as error:
+            reason = one_line(error)
+        if reason is not None and path.exists():  # and not set aside or pruned by a merge at this moment
             corrupt.append(Corrupt(path, reason))
     return segments, corrupt
 
@@ -191,38 +192,47 @@ def checksum_path(path: Path) -> Path:
 
 
 def find_damage(path: Path) -> str | None:
-    """Why a segment is not what was committed, or None where its checksum holds."""
+    """Why a segment is not what was committed, or None where its checksum holds.
+
+    Raises:
+        StorageFailed: the disk does not let it be read, which says nothing about the segment.
+    """
+    checksum = checksum_path(path)
     try:
-        expected = checksum_path(path).read_text().split()[0]
+        with reading(checksum):
+            expected = checksum.read_bytes().decode(errors="replace").partition(" ")[0]
+    except FileNotFoundError:
+        return NO_CHECKSUM
+    try:
         found = sha256(path)
-    except (OSError, IndexError, UnicodeDecodeError) as error:
-        return f"its checksum cannot be read ({error})"
+    except FileNotFoundError:
+        return "it is no longer there"
     return None if found == expected else f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…"
 
 
 def _find_no_checksum(path: Path) -> str | None:
-    return None if checksum_path(path).exists() else "its checksum is not there"
+    return None if checksum_path(path).exists() else NO_CHECKSUM
 
 
 def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list[Extracted]:
     """The records at these positions of a segment's extracted rows; their vectors are views of what was read."""
     lowest, highest = min(positions), max(positions) + 1
-    with open_file(path) as file:
-        rows, answers, *vectors = (file[name][lowest:highest] for name in ("row", "answer", *VECTORS))
-        means = file[PIXEL_MEAN][lowest:highest] if pixel_mean else np.zeros((len(rows), 0), np.float32)
-    vision_only, vision_token, query_token = vectors
-    return [
-        Extracted(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode())
-        for i in (position - lowest for position in positions)
-    ]
+    with open_verified(path) as file:
+        names = ("row", "answer", *VECTORS, *([PIXEL_MEAN] if pixel_mean else ()))
+        rows, answers, *vectors = (get_dataset(file, name)[lowest:highest] for name in names)
+        vision_only, vision_token, query_token, means = (*vectors, np.zeros((len(rows), 0), np.float32))[:4]
+        return [
+            Extracted(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode())
+            for i in (position - lowest for position in positions)
+        ]
 
 
 def read_failures(path: Path) -> list[Failed]:
     """The rows of a segment that failed, each with the reason."""
-    with open_file(path) as file:
-        failed = file["failed"]
-        columns = failed["row"][:].tolist(), failed["error"].asstr()[:], failed["message"].asstr()[:]
-    return [Failed(row, error, message) for row, error, message in zip(*columns, strict=True)]
+    with open_verified(path) as file:
+        rows, errors, messages = (get_dataset(file, f"failed/{name}") for name in ("row", "error", "message"))
+        columns = rows[:].tolist(), errors.asstr()[:], messages.asstr()[:]
+        return [Failed(row, error, message) for row, error, message in zip(*columns, strict=True)]
 
 
 def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
@@ -266,7 +276,7 @@ def _read_index(path: Path, run: Run) -> Segment:
     with open_file(path) as file:
         if text_of(file.attrs["run"]) != run.key:
             raise ValueError("it belongs to another run")
-        rows, failed = file["row"][:], file["failed/row"][:]
+        rows, failed = get_dataset(file, "row")[:], get_dataset(file, "failed/row")[:]
     for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
             raise ValueError("it is about rows that the table has not")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
+from typing import TextIO
 
 from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.world import World
@@ -15,12 +17,12 @@ SECOND_VOICE_SECONDS = 2.0
 def say(world: World, sentence: str) -> None:
     """Print a sentence once for all ranks of the launch."""
     if world.main:
-        print(sentence, flush=True)
+        _print(sentence)
 
 
 def say_for_rank(world: World, sentence: str) -> None:
     """Print a sentence that is about this rank alone."""
-    print(f"rank {world.rank}: {sentence}" if world.size > 1 else sentence, flush=True)
+    _print(f"rank {world.rank}: {sentence}" if world.size > 1 else sentence)
 
 
 def refuse(refusal: Refused, world: World) -> int:
@@ -31,17 +33,24 @@ def refuse(refusal: Refused, world: World) -> int:
     """
     if not world.main:
         time.sleep(SECOND_VOICE_SECONDS)
-    print(f"error: {refusal}", file=sys.stderr, flush=True)
+    _print(f"error: {refusal}", sys.stderr)
     return REFUSED
 
 
 def fail(failure: StorageFailed | OSError, world: World) -> int:
-    """Say what has ended this rank's work, and give the exit status. What is not about a file is raised again."""
+    """Say what has ended this rank's work, and give the exit status. What the system has not said is raised again."""
     sentence = str(failure)
     if isinstance(failure, OSError):
-        if failure.filename is None:
+        if failure.errno is None:
             raise failure
-        sentence = f"{failure.filename} fails ({failure.strerror}); mend the disk, and the same command continues"
+        what = failure.filename or "a file or a pipe"
+        sentence = f"{what} fails ({failure.strerror}); mend the disk, and the same command continues"
     rank = f"rank {world.rank}: " if world.size > 1 else ""
-    print(f"error: {rank}{sentence}", file=sys.stderr, flush=True)
+    _print(f"error: {rank}{sentence}", sys.stderr)
     return FAILED
+
+
+def _print(sentence: str, stream: TextIO | None = None) -> None:
+    """Print it at once. Where nobody can hear it, as on a full disk of logs, the work goes on all the same."""
+    with suppress(OSError):
+        print(sentence, file=stream or sys.stdout, flush=True)

@@ -17,6 +17,7 @@ from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
 from vqa_embeddings.compute import find_device
 from vqa_embeddings.extract import extract
+from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.records import Extracted
@@ -182,7 +183,7 @@ def _extraction(engine: Counting, table: Table, folder: Path) -> tuple[float, St
     engine.lengths.clear()
 
     def run() -> None:
-        for finished in extract(engine, table, range(len(table)), folder, None, 2, stages=stages):
+        for finished in extract(engine, table, range(len(table)), PictureFolder(folder), None, 2, stages=stages):
             records.extend(finished)
 
     seconds = _seconds(run, str(engine.decoder.device))
