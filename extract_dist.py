@@ -41,12 +41,13 @@ def main() -> int:
 
 def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
+    from vqa_embeddings.briefing import say_plan
     from vqa_embeddings.checkpoint import find_checkpoint
     from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
     from vqa_embeddings.demo import NOTICE, demo_options
     from vqa_embeddings.launch import describe_run, read_input, start
     from vqa_embeddings.options import MODEL
-    from vqa_embeddings.progress import Progress, say_plan
+    from vqa_embeddings.progress import Progress
     from vqa_embeddings.run import check_run, claim_run, keep_rows
     from vqa_embeddings.shards import ShardWriter
 
@@ -60,9 +61,13 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     dtype = choose_dtype(options.dtype, device)
     attention = choose_attention(options.attn_implementation, dtype.value, device)
     run = describe_run(options, table, checkpoint, device, dtype, attention)
-    joined = check_run(options.output_dir, run)
+    if options.plan and not world.main:
+        return
+    joined = check_run(options.output_dir, run, make=not options.plan)
     launch = start(options, world, run, table)
-    say_plan(world, options, run, launch, device, dtype, attention)
+    say_plan(world, options, run, launch, table, pictures, device, dtype, attention)
+    if options.plan:
+        return
     if not len(launch.rows):
         if world.main:
             keep_rows(options.output_dir, write_rows)
@@ -82,9 +87,10 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     stages = Stages()
     settings = options.batch_size, options.num_workers
     records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages)
-    shard = ShardWriter(options.output_dir, launch.name, world.rank, run, table, options.checkpoint_interval)
+    name = launch.stock.launch
+    shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
     try:
-        with shard, Progress(world, len(launch.rows)) as bar:
+        with shard, Progress(world, options.output_dir, name, len(launch.rows), launch.slice_pending) as bar:
             for finished in records:
                 with stages("waiting for the disk"):
                     shard.add(finished)

@@ -26,7 +26,7 @@ def test_the_demo_needs_nothing_but_itself(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1, "something was left beside the checkpoint"
     again = run(command(2, *inputs))
     assert again.returncode == 0
-    assert "0 to do now" in again.stdout and "nothing to do" in again.stdout
+    assert "0 rows to do now" in again.stdout and "nothing to do" in again.stdout
     assert len(list((tmp_path / "out").glob("shards/*"))) == 2, "a launch with nothing to do left a shard"
 
 

@@ -83,7 +83,7 @@ def test_one_good_row_among_bad_ones_comes_out_right(tmp_path, damaged, checkpoi
     finally:
         (images / "missing.jpg").unlink()
     assert again.returncode == 0, again.stderr
-    assert "10 to do now" in again.stdout
+    assert "10 rows to do now" in again.stdout
     assert merge(out).returncode == 4
     assert part.read_bytes() != before
     now = read_published(out)

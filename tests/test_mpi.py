@@ -219,7 +219,7 @@ def test_a_rank_dies_the_others_finish_and_a_run_with_fewer_ranks_shares_the_res
     arguments = [*photographs, "--output-dir", tmp_path]
     launch = mpirun.begin(3, *RANK, *arguments)
     said = ""
-    while "rows: 31; 31 to do now, 3 rank(s)" not in said:
+    while "this launch: 31 rows to do now, 3 ranks" not in said:
         said += (line := launch.stdout.readline())
         assert line, said
     python_of(launch, 1).kill()

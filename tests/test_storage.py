@@ -99,7 +99,7 @@ def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(
     assert f"extracted: {committed}; failed: 0" in merge(out, "--check").stdout
     done = run(command(0, *inputs))
     assert done.returncode == 0, done.stderr
-    assert f"{31 * COPIES - committed} to do now" in done.stdout and "warning" not in done.stdout
+    assert f"{31 * COPIES - committed} rows to do now" in done.stdout and "warning" not in done.stdout
     assert merge(out).returncode == 0
     rows = read_published(out)
     assert_equal_to_reference(rows, of_copies(expected, rows))

@@ -23,6 +23,7 @@ class Device:
     description: str
     bfloat16: bool
     no_flash: str  # why flash-attn cannot run on it; empty where it can
+    count: int = 0  # GPUs that this process sees
 
     @property
     def kind(self) -> str:
@@ -48,7 +49,8 @@ def find_device(local_rank: int) -> Device:
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     recent = capability >= (8, 0)
     no_flash = "" if recent else f"flash-attn needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
-    return Device(f"cuda:{index}", name, bfloat16=recent, no_flash=no_flash or _no_flash_package())
+    no_flash = no_flash or _no_flash_package()
+    return Device(f"cuda:{index}", name, recent, no_flash, torch.cuda.device_count())
 
 
 def _no_flash_package() -> str:

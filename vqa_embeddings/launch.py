@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -24,14 +25,36 @@ TEST_ROWS = 3
 
 
 @dataclass(frozen=True)
+class Stock:
+    """What an output folder holds of a run, and what is left: what all ranks of a launch have to agree on."""
+
+    launch: str  # name of the launch
+    extracted: int  # rows
+    failed: int  # rows
+    pending: np.ndarray  # bool [n], the rows that this and other launches are still to do
+
+    def to_bytes(self) -> bytes:
+        """As it goes from rank to rank."""
+        counts = {"launch": self.launch, "extracted": self.extracted, "failed": self.failed}
+        return json.dumps(counts).encode() + b"\n" + pack(self.pending)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, rows: int) -> Stock:
+        """The inverse of `to_bytes`, of a table of so many rows."""
+        counts, _, pending = data.partition(b"\n")
+        return cls(**json.loads(counts), pending=unpack(pending, rows))
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch, as one of its ranks sees it."""
 
-    name: str
+    stock: Stock
     slice: tuple[int, int]
     slice_rows: int  # rows of the table in the slice
     slice_pending: int  # of them, those that this launch is to do
-    rows: np.ndarray  # int64 [m], of them, those of this rank, picture after picture
+    pictures: np.ndarray  # int64 [n], the picture of each row
+    rows: np.ndarray  # int64 [m], the rows of this rank, picture after picture
 
 
 def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[[Path], object]]:
@@ -88,16 +111,24 @@ def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Laun
     Only rank 0 reads what the folder holds: what the others would read a moment later might differ, and with it
     their shares.
     """
-    folder = options.output_dir
+    if options.plan:  # which is said by one rank, and writes nothing
+        return share(options, world, take_stock(options, run, table), table)
+    shards = options.output_dir / SHARDS_FOLDER
+    data = from_rank_zero(world, shards, lambda: take_stock(options, run, table).to_bytes())
+    return share(options, world, Stock.from_bytes(data, len(table)), table)
 
-    def decide() -> bytes:
-        coverage = look(folder, run, table).coverage()
-        pending = coverage.failed if options.retry_failed else coverage.missing
-        return new_launch().encode() + b"\n" + pack(pending)
 
-    name, _, packed = from_rank_zero(world, folder / SHARDS_FOLDER, decide).partition(b"\n")
-    pending = unpack(packed, len(table))
+def take_stock(options: ExtractOptions, run: Run, table: Table) -> Stock:
+    """See what the output folder holds, and what is to do."""
+    coverage = look(options.output_dir, run, table).coverage()
+    pending = coverage.failed if options.retry_failed else coverage.missing
+    return Stock(new_launch(), int(coverage.extracted.sum()), int(coverage.failed.sum()), pending)
+
+
+def share(options: ExtractOptions, world: World, stock: Stock, table: Table) -> Launch:
+    """What this rank is to do of it."""
     part = options.slice or read_array_slice() or (0, 1)
-    inside, rows = share_rows(table.pictures(), pending, part, world.rank, world.size, world.can_agree)
-    todo = int(np.count_nonzero(inside & pending))
-    return Launch(name.decode(), part, int(np.count_nonzero(inside)), todo, rows)
+    pictures = table.pictures()
+    inside, rows = share_rows(pictures, stock.pending, part, world.rank, world.size, world.can_agree)
+    todo = int(np.count_nonzero(inside & stock.pending))
+    return Launch(stock, part, int(np.count_nonzero(inside)), todo, pictures, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -17,6 +18,7 @@ from vqa_embeddings.errors import Refused
 from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha256
 from vqa_embeddings.holdings import Holdings, look
 from vqa_embeddings.options import MergeOptions
+from vqa_embeddings.pace import describe_shards, read_paces
 from vqa_embeddings.parts import Part, PartJob, Source, part_path, recorded_hashes, write_part
 from vqa_embeddings.records import Failed
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
@@ -41,6 +43,7 @@ class Outcome:
     corrupt: list[Corrupt]
     written: int
     pruned: int
+    shards: Sequence[str] = ()  # what there is to say of them
 
     @property
     def status(self) -> int:
@@ -57,6 +60,7 @@ class Outcome:
         extracted, failed, missing = (
             int(flags.sum()) for flags in (self.coverage.extracted, self.coverage.failed, self.coverage.missing)
         )
+        yield from self.shards
         yield f"rows: {self.run.rows}; extracted: {extracted}; failed: {failed}; missing: {missing}"
         if not options.check:
             yield f"parts: {len(self.parts)} whole, {self.written} written now; {folder}/{COVERAGE_FILE} says which"
@@ -78,7 +82,12 @@ def check(folder: Path) -> Outcome:
     """
     run = read_run(folder)
     holdings = look(folder, run, read_run_rows(folder, run))
-    return Outcome(run, holdings.coverage(), [], holdings.corrupt, 0, 0)
+    committed: dict[str, tuple[int, int]] = {}
+    for segment in holdings.segments:
+        extracted, failed = committed.get(segment.path.parent.name, (0, 0))
+        committed[segment.path.parent.name] = extracted + len(segment.rows), failed + len(segment.failed)
+    shards = describe_shards(committed, read_paces(folder), time.time())
+    return Outcome(run, holdings.coverage(), [], holdings.corrupt, 0, 0, shards)
 
 
 def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:

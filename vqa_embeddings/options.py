@@ -27,6 +27,7 @@ class ExtractOptions:
     cache_dir: Path
     checkpoint_interval: int
     test: bool
+    plan: bool
     demo: bool
     dtype: str
     attn_implementation: str
@@ -66,6 +67,7 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
 
     add = parser.add_argument_group("more options").add_argument
     add("--revision", help="revision of a hub model (default: the one with the native layout)")
+    add("--plan", action="store_true", help="say what is to do, and whether there is room for it, and stop")
     add("--demo", action="store_true", help="small random model, shipped photographs: no network, no GPU needed")
     add("--dtype", choices=DTYPES, default="auto", help="number format of the model (%(default)s)")
     add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")

@@ -79,25 +79,6 @@ def deal(costs: np.ndarray, shares: int) -> np.ndarray:
     return dealt
 
 
-def find_shortage(free: int, segments: int, parts: int) -> str | None:
-    """What the disk has no room for, as a sentence; None where it has.
-
-    Args:
-        free: bytes that are free now.
-        segments: bytes that this launch is to write.
-        parts: bytes of the parts that are not there yet, which the merge writes beside the segments.
-    """
-    if segments > free:
-        return f"it needs about {_size(segments)} and {_size(free)} are free: the run will end when the disk is full"
-    if segments + parts > free:
-        return f"the merge needs about {_size(parts)} more, and {_size(free - segments)} will be left for it"
-    return None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
-
-
 def choose_slice(pictures: np.ndarray, part: tuple[int, int]) -> np.ndarray:
     """The rows of slice `i` of `n`, as bool `[rows]`: fixed by the table alone.
 

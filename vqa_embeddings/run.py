@@ -37,6 +37,11 @@ IDENTITY = {
 }
 
 
+def shard_folder(folder: Path, launch: str, rank: int) -> Path:
+    """Where a rank of a launch writes."""
+    return folder / SHARDS_FOLDER / f"{launch}-r{rank}"
+
+
 @dataclass(frozen=True)
 class Run:
     """What an output folder's run extracts, as `run.json` has it. Sizes are lengths of vectors."""
@@ -71,9 +76,11 @@ class Run:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run(folder: Path, wanted: Run) -> bool:
-    """See before anything slow that `folder` can be written to, and holds no other run. Makes it where it is not there.
+def check_run(folder: Path, wanted: Run, make: bool = True) -> bool:
+    """See before anything slow that `folder` can be written to, and holds no other run.
 
+    Args:
+        make: whether to make it where it is not there.
     Returns:
         Whether the run is there already.
     Raises:
@@ -85,12 +92,18 @@ def check_run(folder: Path, wanted: Run) -> bool:
             _refuse_differences(folder, read_run(folder), wanted)
         else:
             _refuse_strangers(folder)
-        (folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder / SHARDS_FOLDER, os.W_OK):
+        if make:
+            (folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+        if not os.access(nearest(folder / SHARDS_FOLDER), os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise Refused(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
     return found
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the first folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def claim_run(folder: Path, wanted: Run) -> bool:

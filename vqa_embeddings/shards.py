@@ -23,7 +23,7 @@ from vqa_embeddings.errors import one_line
 from vqa_embeddings.files import publish, publish_text, reading, sha256
 from vqa_embeddings.hdf5 import Groups, get_dataset, new_file, open_file, open_verified, text_of
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.run import SHARDS_FOLDER, Run
+from vqa_embeddings.run import SHARDS_FOLDER, Run, shard_folder
 from vqa_embeddings.table import Table
 from vqa_embeddings.workers import Workers
 
@@ -65,7 +65,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, launch: str, rank: int, run: Run, table: Table, interval: int) -> None:
-        self._folder = folder / SHARDS_FOLDER / f"{launch}-r{rank}"
+        self._folder = shard_folder(folder, launch, rank)
         self._run, self._table, self._interval = run, table, interval
         self._token = secrets.token_hex(3)  # two copies of the same rank never meet in a name
         self._number = 0

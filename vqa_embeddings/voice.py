@@ -12,6 +12,7 @@ from vqa_embeddings.world import World
 
 FAILED, REFUSED = 1, 2  # exit statuses
 SECOND_VOICE_SECONDS = 2.0
+CLEAR_LINE = "\r\033[K"  # for terminals
 
 
 def say(world: World, sentence: str) -> None:
@@ -21,8 +22,9 @@ def say(world: World, sentence: str) -> None:
 
 
 def say_for_rank(world: World, sentence: str) -> None:
-    """Print a sentence that is about this rank alone."""
-    _print(f"rank {world.rank}: {sentence}" if world.size > 1 else sentence)
+    """Print a sentence that is about this rank alone, in a terminal in the place of the main rank's bar."""
+    place = CLEAR_LINE if not world.main and sys.stdout.isatty() else ""
+    _print(f"{place}rank {world.rank}: {sentence}" if world.size > 1 else sentence)
 
 
 def refuse(refusal: Refused, world: World) -> int:

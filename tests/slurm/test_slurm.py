@@ -147,7 +147,7 @@ def test_an_array_of_three_nodes_and_the_merge_after_it(user, expected):
     user.until_ended(array, merge)
     for task in range(3):
         assert user.cluster.facts(f"{array}_{task}")["ExitCode"] == "0:0"
-        assert "2 rank(s)" in user.log(f"{array}_{task}"), "one rank for each of the two GPUs"
+        assert "2 ranks (by torchrun)" in user.log(f"{array}_{task}"), "one rank for each of the two GPUs"
     nodes = {user.cluster.facts(f"{array}_{task}")["BatchHost"] for task in range(3)}
     assert nodes == set(NODES)
     assert user.cluster.facts(merge)["ExitCode"] == "0:0"
