@@ -81,7 +81,8 @@ run = read_run(out)
 table = read_run_rows(out, run)
 chance = random.Random(10)
 segment, part = min(out.glob("shards/*/*.h5")).read_bytes(), min(out.glob("*.h5")).read_bytes()
-for data, read in ((segment, lambda: _read_index(path, run)), (part, lambda: _read_part(path, 1, run, table, True))):
+read_part = lambda: _read_part(path, "grouped", 1, run, table, True)
+for data, read in ((segment, lambda: _read_index(path, run)), (part, read_part)):
     for number in range(200):
         damaged = bytearray(data)
         for _ in range(chance.choice([1, 1, 8])):

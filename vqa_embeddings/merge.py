@@ -19,10 +19,10 @@ from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha2
 from vqa_embeddings.holdings import Holdings, look
 from vqa_embeddings.options import MergeOptions
 from vqa_embeddings.pace import describe_shards, read_paces
-from vqa_embeddings.parts import Part, PartJob, Source, part_path, recorded_hashes, write_part
+from vqa_embeddings.parts import OldRows, Part, PartJob, Source, part_path, recorded_hashes, write_part
 from vqa_embeddings.records import Failed
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
-from vqa_embeddings.shards import Corrupt, checksum_path, find_damage
+from vqa_embeddings.shards import Corrupt, Segment, checksum_path, find_damage
 from vqa_embeddings.table import Table, read_rows, select
 from vqa_embeddings.workers import Workers, gather_ranks, start_workers
 from vqa_embeddings.world import World
@@ -114,26 +114,46 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     _check_part_size(holdings.parts, options.part_size)
     known = recorded_hashes(folder)
     holdings = _recorded(holdings, known)
-    coverage, plans = _plan(holdings, options.part_size)
+    coverage, plans = _plan(holdings, options)
     suspects = holdings.parts if options.verify else _replaced(holdings.parts, plans)
     damaged = _find_damaged(suspects, known, workers)
     if damaged:
         holdings = _without(holdings, damaged)
-        coverage, plans = _plan(holdings, options.part_size)
+        coverage, plans = _plan(holdings, options)
     _set_damaged_aside(folder, holdings.corrupt)
     to_write = [plan for plan in plans if plan.action == WRITE]
-    _forget(folder, {part_path(folder, plan.number).name for plan in to_write} & known.keys())
+    _forget(folder, {part_path(folder, options.layout, plan.number).name for plan in to_write} & known.keys())
     jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
     hashes = known | {path.name: digest for path, digest in workers(write_part, jobs)}
-    entries = [_entry(folder, coverage, plan, hashes) for plan in plans if plan.action in (KEEP, WRITE)]
+    parts = _parts_now(options, holdings, coverage, plans)
+    entries = [_entry(part, hashes) for part in parts]
     outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
     _report(folder, holdings, outcome)
-    return replace(outcome, pruned=_prune(folder, holdings, coverage, entries, workers)) if options.prune else outcome
+    return replace(outcome, pruned=_prune(holdings, parts, entries, workers)) if options.prune else outcome
 
 
-def _plan(holdings: Holdings, part_size: int) -> tuple[Coverage, list[PartPlan]]:
+def _plan(holdings: Holdings, options: MergeOptions) -> tuple[Coverage, list[PartPlan]]:
     coverage = holdings.coverage()
-    return coverage, plan_parts(coverage, part_size, {part.number: part.rows for part in holdings.parts})
+    there = {part.number: part.rows for part in holdings.parts if part.layout == options.layout}
+    return coverage, plan_parts(coverage, options.part_size, there)
+
+
+def _parts_now(options: MergeOptions, holdings: Holdings, coverage: Coverage, plans: Sequence[PartPlan]) -> list[Part]:
+    """The parts that are there after the merge: those that were planned, and those of the other layout."""
+    planned = [
+        Part(
+            part_path(options.output_dir, options.layout, plan.number),
+            options.layout,
+            plan.number,
+            plan.first,
+            plan.last,
+            options.part_size,
+            plan.first + np.flatnonzero(coverage.extracted[plan.first : plan.last]),
+        )
+        for plan in plans
+        if plan.action in (KEEP, WRITE)
+    ]
+    return planned + [part for part in holdings.parts if part.layout != options.layout]
 
 
 def _replaced(parts: Sequence[Part], plans: Sequence[PartPlan]) -> list[Part]:
@@ -194,54 +214,66 @@ def _recorded(holdings: Holdings, known: dict[str, str]) -> Holdings:
 
 def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: PartPlan) -> PartJob:
     rows = plan.first + np.flatnonzero(coverage.extracted[plan.first : plan.last])
-    holders = coverage.holder[rows]
-    sources = [
-        Source(holdings.segments[holder].path, coverage.position[rows[holders == holder]].tolist())
-        for holder in np.unique(holders[holders != NOBODY])
-    ]
+    parts = [part for part in holdings.parts if part.number == plan.number]
     return PartJob(
-        path=part_path(options.output_dir, plan.number),
+        path=part_path(options.output_dir, options.layout, plan.number),
+        layout=options.layout,
         number=plan.number,
         first=plan.first,
         last=plan.last,
         size=options.part_size,
         rows=select(holdings.table, range(plan.first, plan.last)),
-        sources=sources,
-        old_rows=rows[holders == NOBODY].tolist(),
+        sources=_find_sources(holdings.segments, parts, coverage, rows),
         run=holdings.run,
         compression=options.compression,
     )
 
 
-def _entry(folder: Path, coverage: Coverage, plan: PartPlan, hashes: dict[str, str]) -> dict[str, Any]:
-    path = part_path(folder, plan.number)
+def _find_sources(
+    segments: Sequence[Segment], parts: Sequence[Part], coverage: Coverage, rows: np.ndarray
+) -> list[Source | OldRows]:
+    """Where the values of rows are to be read: in segments, and in `parts` those that no segment holds."""
+    holders = coverage.holder[rows]
+    sources: list[Source | OldRows] = [
+        Source(segments[holder].path, coverage.position[rows[holders == holder]].tolist())
+        for holder in np.unique(holders[holders != NOBODY])
+    ]
+    old = rows[holders == NOBODY]
+    for part in parts:
+        taken = np.intersect1d(old, part.rows)
+        if len(taken):
+            sources.append(OldRows(part.path, part.layout, taken.tolist()))
+            old = np.setdiff1d(old, taken)
+    return sources
+
+
+def _entry(part: Part, hashes: dict[str, str]) -> dict[str, Any]:
     return {
-        "file": path.name,
-        "first_row": plan.first + 1,
-        "last_row": plan.last,
-        "samples": int(coverage.extracted[plan.first : plan.last].sum()),
-        "sha256": hashes.get(path.name) or sha256(path),
+        "file": part.path.name,
+        "first_row": part.first + 1,
+        "last_row": part.last,
+        "samples": len(part.rows),
+        "sha256": hashes.get(part.path.name) or sha256(part.path),
     }
 
 
 def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
     coverage = outcome.coverage
-    _list_rows(folder, coverage, holdings.failures(coverage.failed))
-    publish_json(
-        folder / COVERAGE_FILE,
-        {
-            "rows": len(coverage.extracted),
-            "extracted": int(coverage.extracted.sum()),
-            "failed": int(coverage.failed.sum()),
-            "missing": int(coverage.missing.sum()),
-            "duplicates": coverage.duplicates,
-            "corrupt_segments": [
-                {"path": damaged.path.relative_to(folder).as_posix(), "reason": damaged.reason}
-                for damaged in outcome.corrupt
-            ],
-            "parts": outcome.parts,
-        },
-    )
+    failures = holdings.failures(coverage.failed)
+    _list_rows(folder, coverage, failures)
+    summary = {
+        "rows": len(coverage.extracted),
+        "extracted": int(coverage.extracted.sum()),
+        "failed": int(coverage.failed.sum()),
+        "missing": int(coverage.missing.sum()),
+        "duplicates": coverage.duplicates,
+        "corrupt_segments": [
+            {"path": damaged.path.relative_to(folder).as_posix(), "reason": damaged.reason}
+            for damaged in outcome.corrupt
+        ],
+        "parts": outcome.parts,
+    }
+    publish_json(folder / COVERAGE_FILE, summary)
 
 
 def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) -> None:
@@ -261,16 +293,13 @@ def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) 
     publish(folder / MISSING_FILE, lambda missing: publish(folder / FAILED_FILE, lambda failed: write(missing, failed)))
 
 
-def _prune(
-    folder: Path, holdings: Holdings, coverage: Coverage, entries: Sequence[dict[str, Any]], workers: Workers
-) -> int:
+def _prune(holdings: Holdings, parts: Sequence[Part], entries: Sequence[dict[str, Any]], workers: Workers) -> int:
     """Remove the segments all of whose rows lie in parts whose hash holds at this moment."""
-    safe = np.zeros(len(coverage.extracted), bool)
-    hashes = workers(sha256, [folder / entry["file"] for entry in entries])
-    for entry, found in zip(entries, hashes, strict=True):
+    safe = np.zeros(len(holdings.table), bool)
+    hashes = workers(sha256, [part.path for part in parts])
+    for part, entry, found in zip(parts, entries, hashes, strict=True):
         if found == entry["sha256"]:
-            safe[entry["first_row"] - 1 : entry["last_row"]] = True
-    safe &= coverage.extracted
+            safe[part.rows] = True
     pruned = 0
     for segment in holdings.segments:
         if safe[segment.rows].all() and safe[segment.failed].all():

@@ -48,6 +48,7 @@ class MergeOptions:
     check: bool
     verify: bool
     part_size: int
+    layout: str
     compression: str
     jobs: int
     prune: bool
@@ -110,6 +111,8 @@ def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOp
     add("--check", action="store_true", help="say what is done and what is missing, and write nothing")
     add("--verify", action="store_true", help="hash the parts that are already there too, and mend damaged ones")
     add("--part-size", type=_positive, metavar="S", default=1000, help="rows of the CSV in a part (%(default)s)")
+    layouts = ["grouped", "columnar"]
+    add("--layout", choices=layouts, default="grouped", help="a group a question, or matrices of rows (%(default)s)")
     add("--compression", choices=["none", "gzip"], default="none", help="gzip as published, or none (%(default)s)")
     add("--jobs", type=_positive, metavar="N", default=1, help="processes, where there are no ranks (%(default)s)")
     add("--prune", action="store_true", help="then remove the segments whose rows all lie in verified parts")

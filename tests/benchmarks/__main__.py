@@ -15,13 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks import extraction, merging, planning, ranks
+from tests.benchmarks import extraction, merging, planning, ranks, reading
 from vqa_embeddings.compute import versions
 
 PARTS = {
     "extraction": ("Extraction against the published algorithm", extraction),
     "ranks": ("Ranks and memory", ranks),
     "merging": ("Merge", merging),
+    "reading": ("Reading", reading),
     "planning": ("Planning and coverage", planning),
 }
 

@@ -56,7 +56,7 @@ def measure(scratch: Path, quick: bool) -> dict[str, object]:
     large, part_size = (600, 75) if quick else (6000, 1000)
     small = 2 * part_size  # two parts: something to do for two processes
     with _folder(scratch / "merging") as folder:
-        outs = {rows: _make_output(folder / str(rows), rows) for rows in (small, large)}
+        outs = {rows: make_output(folder / str(rows), rows) for rows in (small, large)}
         published = _published_input(outs[small], small // 2)
         costs: dict[str, list[Cost]] = defaultdict(list)
         stages: list[dict[str, float]] = []
@@ -115,7 +115,7 @@ def _figures(
     }
 
 
-def _make_output(folder: Path, rows: int) -> Path:
+def make_output(folder: Path, rows: int) -> Path:
     """An output folder whose rows are all committed, its pictures dealt to `RANKS` ranks, and none is merged."""
     out, source = folder / "out", folder / "vqa.csv"
     folder.mkdir()

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 
 from vqa_embeddings import plan
-from vqa_embeddings.parts import PART_NAME
+from vqa_embeddings.parts import NAMES
 
 ROWS, QUICK_ROWS = 100_000_000, 10_000_000
 RANKS, TASKS = 1024, 128  # in one launch, or as so many array tasks of 8
@@ -158,7 +158,13 @@ def arithmetic() -> Iterator[str]:
             f"| {name} | {all_ranks:,} | {ROWS / all_ranks / 3600:.2f} | {all_ranks * SEGMENT_BYTES / 1e9:.1f} "
             f"| {all_ranks / SEGMENT_ROWS:.0f} | {all_ranks / questions:,.0f} | {8 * rate * SEGMENT_BYTES / 1e6:.0f} |"
         )
-    entry = {"file": PART_NAME.format(99_999), "first_row": 1, "last_row": ROWS, "samples": 1000, "sha256": "0" * 64}
+    entry = {
+        "file": NAMES["grouped"].format(99_999),
+        "first_row": 1,
+        "last_row": ROWS,
+        "samples": 1000,
+        "sha256": "0" * 64,
+    }
     document = json.dumps({"parts": [entry] * 1000}, indent=2)
     files = {
         "segments, TB": ROWS * SEGMENT_BYTES / 1e12,

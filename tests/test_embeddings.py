@@ -1,0 +1,174 @@
+"""Reading what was extracted: the same values wherever they lie, and one layer as a matrix in a moment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, merge
+from published_reader import read_published
+from test_merge import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
+
+from vqa_embeddings import open_embeddings
+from vqa_embeddings.records import Failed
+
+COLUMNS = "phi4_multimodal_columns_part_{:03d}.h5"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return begin_run(tmp_path)
+
+
+def assert_all_right(out: Path, rows: list[int]) -> None:
+    e = open_embeddings(out)
+    wanted = [record(row) for row in rows]
+    assert len(e) == len(rows) and e.ids == [f"q{row}" for row in rows]
+    assert e.answers == [one.answer for one in wanted]
+    for index, layer in enumerate(LAYERS):
+        for found, values in (
+            (e.query_token(layer), [one.query_token[index] for one in wanted]),
+            (e.vision_token(layer), [one.vision_token[index] for one in wanted]),
+        ):
+            assert found.dtype == np.float32 and np.array_equal(found, np.stack(values))
+    assert np.array_equal(e.vision_only(), np.stack([one.vision_only for one in wanted]))
+    table = e.table()
+    assert list(table) == ["question_id", "image_id", "question", "ground_truth_answer", "answer"]
+    assert table["question"].tolist() == [f"question {row}" for row in rows]
+    one = e[f"q{rows[-1]}"]
+    assert (one["answer"], one["image_id"]) == (wanted[-1].answer, f"image{rows[-1] // 3}.jpg")
+    assert np.array_equal(one["query_token"][LAYERS[1]], wanted[-1].query_token[1])
+    assert np.array_equal(one["vision_token"][LAYERS[2]], wanted[-1].vision_token[2])
+
+
+ORDER = [*range(1, ROWS, 2), *range(0, ROWS, 2)]
+
+
+def extract_all(out: Path) -> None:
+    commit(out, [record(row) for row in ORDER])
+
+
+def test_rows_that_are_not_merged_yet(out):
+    commit(out, [record(row) for row in (3, 9, 4, 17)])
+    assert_all_right(out, [3, 4, 9, 17])
+
+
+def test_rows_of_which_there_are_several_copies(out):
+    extract_all(out)
+    commit(out, [record(row) for row in range(9)])
+    assert_all_right(out, list(range(ROWS)))
+
+
+@pytest.mark.parametrize("layouts", [["grouped"], ["columnar"], ["grouped", "columnar"], ["columnar", "grouped"]])
+@pytest.mark.parametrize("prune", [False, True])
+def test_rows_in_parts_of_either_layout_with_and_without_their_segments(out, layouts, prune):
+    extract_all(out)
+    for layout in layouts:
+        again = ["--prune"] if prune else []
+        assert merge(out, "--part-size", PART_SIZE, "--layout", layout, *again).returncode == 0
+    assert bool(list(out.glob("shards/*/*.h5"))) != prune
+    assert_all_right(out, list(range(ROWS)))
+    if "columnar" in layouts:
+        assert len(list(out.glob(COLUMNS.format(0).replace("000", "*")))) == 5
+    if "grouped" in layouts:
+        assert len(read_published(out)) == ROWS
+    assert merge(out, "--part-size", PART_SIZE, "--layout", layouts[-1], "--verify").returncode == 0
+    names = [entry["file"] for entry in coverage(out)["parts"]]
+    assert len(names) == len(set(names)) == 5 * len(layouts)
+    before = contents(out)
+    for layout in layouts:
+        assert merge(out, "--part-size", PART_SIZE, "--layout", layout).returncode == 0
+        assert {entry["file"] for entry in coverage(out)["parts"]} == set(names)
+    assert {name: data for name, data in contents(out).items() if name.endswith(".h5")} == {
+        name: data for name, data in before.items() if name.endswith(".h5")
+    }
+
+
+def test_the_same_rows_give_the_same_columnar_bytes_whoever_held_them(out):
+    extract_all(out)
+    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0
+    first = {path.name: path.read_bytes() for path in out.glob("*columns*")}
+    for path in out.glob("*columns*"):
+        path.unlink()
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    assert not list(out.glob("shards/*/*.h5"))
+    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0, "made from the grouped parts"
+    assert {path.name: path.read_bytes() for path in out.glob("*columns*")} == first
+
+
+def test_a_damaged_columnar_part_is_made_anew_from_the_other_layout(out):
+    extract_all(out)
+    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    victim = out / COLUMNS.format(2)
+    good = victim.read_bytes()
+    victim.write_bytes(good[:-9] + b"x" + good[-8:])
+    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar", "--verify").returncode == 0
+    assert victim.read_bytes() == good
+    assert victim.with_name(victim.name + ".damaged").exists()
+
+
+def test_gzip_packs_columns_too(out):
+    extract_all(out)
+    assert merge(out, "--layout", "columnar", "--compression", "gzip").returncode == 0
+    with h5py.File(out / COLUMNS.format(1)) as file:
+        assert file["query_token_representation/layer_2"].compression == "gzip"
+    assert merge(out, "--layout", "columnar", "--prune").returncode == 0
+    assert_all_right(out, list(range(ROWS)))
+
+
+def test_rows_that_failed_are_not_there(out):
+    commit(out, [*(record(row) for row in range(ROWS - 1)), Failed(ROWS - 1, "PictureNotFound", "gone")])
+    assert_all_right(out, list(range(ROWS - 1)))
+    for layout in ("grouped", "columnar"):
+        assert merge(out, "--part-size", 2, "--layout", layout).returncode == 4
+    for path in out.glob("shards/*/*"):
+        path.unlink()
+    assert_all_right(out, list(range(ROWS - 1)))
+    e = open_embeddings(out)
+    with pytest.raises(KeyError):
+        e[f"q{ROWS - 1}"]
+
+
+def test_what_is_not_there_is_said(out, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run.json; expected the output folder of extract_dist.py"):
+        open_embeddings(tmp_path / "nowhere")
+    e = open_embeddings(out)
+    assert len(e) == 0 and e.query_token(LAYERS[0]).shape == (0, 8) and e.answers == []
+    with pytest.raises(ValueError, match=r"layer 16 was not extracted; .* has the layers \[0, 2, 3\]"):
+        e.query_token(16)
+    extract_all(out)
+    e = open_embeddings(str(out))
+    victim = min(out.glob("shards/*/*.h5"))
+    victim.write_bytes(victim.read_bytes()[:3000])
+    with pytest.raises(OSError, match=r"cannot be read .* --verify finds what is damaged"):
+        e.query_token(LAYERS[0])
+
+
+def test_a_torch_dataset_goes_through_a_loader(out):
+    import torch
+
+    extract_all(out)
+    e = open_embeddings(out)
+    dataset = e.dataset(2, target=lambda row: int(row["question_id"][1:]) % 2)
+    assert len(dataset) == ROWS
+    loader = torch.utils.data.DataLoader(dataset, batch_size=ROWS)
+    [(vectors, targets)] = list(loader)
+    assert torch.equal(vectors, torch.from_numpy(e.query_token(2)))
+    assert targets.tolist() == [row % 2 for row in range(ROWS)]
+    assert e.dataset(3, "vision_token")[4][1] == "q4"
+    with pytest.raises(ValueError, match="expected one of query_token, vision_token"):
+        e.dataset(2, "image_token")
+
+
+def test_reading_needs_no_torch(out):
+    extract_all(out)
+    code = (
+        "import sys; from vqa_embeddings import open_embeddings; e = open_embeddings(sys.argv[1]);"
+        "e.query_token(2); e.answers; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, cwd=ROOT)
