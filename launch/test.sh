@@ -2,9 +2,10 @@
 # Lint, types and the whole test suite, in the environment of launch/demo.sh with the test extra. Uses a GPU where
 # there is one. Arguments go to pytest:
 #     bash launch/test.sh [-k NAME]
-# The tests on a real Slurm and under Open MPI run where there are root and Debian's packages, and are skipped with a
-# reason elsewhere:
-#     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 openmpi-bin
+# The tests on a real Slurm, under Open MPI and in a browser run where there are root and Debian's packages, and are
+# skipped with a reason elsewhere:
+#     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 openmpi-bin \
+#         chromium chromium-driver
 set -euo pipefail
 home=$(realpath "$(dirname "$0")/..")
 cd "$home"

@@ -177,7 +177,7 @@ def test_a_row_that_failed_and_was_extracted_later_has_not_failed(out):
     assert merge(out, "--part-size", PART_SIZE).returncode == 0
     assert_right(out, set(range(ROWS)))
     changed = {name for name, data in before.items() if contents(out)[name] != data}
-    assert changed == {PART.format(2), "coverage.json", "failed.csv"}
+    assert changed == {PART.format(2), "coverage.json", "failed.csv", "report.html"}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "checksum lost"])

@@ -102,6 +102,7 @@ def describe_run(
         vision_size=checkpoint.vision_size,
         device=device.kind,
         versions=versions(),
+        images_dir=str(options.images_dir.resolve()) if options.images_dir else "",
     )
 
 

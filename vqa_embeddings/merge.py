@@ -19,8 +19,9 @@ from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha2
 from vqa_embeddings.holdings import Holdings, look
 from vqa_embeddings.options import MergeOptions
 from vqa_embeddings.pace import describe_shards, read_paces
-from vqa_embeddings.parts import OldRows, Part, PartJob, Source, part_path, recorded_hashes, write_part
-from vqa_embeddings.records import Failed
+from vqa_embeddings.parts import OldRows, Part, PartJob, Source, part_path, read_source, recorded_hashes, write_part
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.report import write_report
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
 from vqa_embeddings.shards import Corrupt, Segment, checksum_path, find_damage
 from vqa_embeddings.table import Table, read_rows, select
@@ -128,7 +129,7 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     parts = _parts_now(options, holdings, coverage, plans)
     entries = [_entry(part, hashes) for part in parts]
     outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
-    _report(folder, holdings, outcome)
+    _report(folder, holdings, outcome, parts)
     return replace(outcome, pruned=_prune(holdings, parts, entries, workers)) if options.prune else outcome
 
 
@@ -257,7 +258,7 @@ def _entry(part: Part, hashes: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
+def _report(folder: Path, holdings: Holdings, outcome: Outcome, parts: Sequence[Part]) -> None:
     coverage = outcome.coverage
     failures = holdings.failures(coverage.failed)
     _list_rows(folder, coverage, failures)
@@ -274,6 +275,13 @@ def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> None:
         "parts": outcome.parts,
     }
     publish_json(folder / COVERAGE_FILE, summary)
+
+    def read(rows: np.ndarray) -> list[Extracted]:
+        stretches = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        sources = (s for some in stretches for s in _find_sources(holdings.segments, parts, coverage, some))
+        return [record for s in sources for record in read_source(s, holdings.table, 0, holdings.run)]
+
+    write_report(folder, holdings, coverage, failures, summary, read)
 
 
 def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) -> None:

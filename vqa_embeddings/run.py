@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Run:
     device: str
     versions: dict[str, str]
     created_at: str = ""
+    images_dir: str = ""  # where its pictures lay, for the report's small ones
 
     @property
     def row_bytes(self) -> int:
@@ -146,7 +147,8 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Run(**{field.name: values[field.name] for field in fields(Run)})
+        named = (field.name for field in fields(Run) if field.name in values or field.default is MISSING)
+        return Run(**{name: values[name] for name in named})
     except OSError:
         raise Refused(
             f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "
