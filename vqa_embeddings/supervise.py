@@ -79,7 +79,7 @@ class Launch:
         for number in StopFlag.SIGNALS:
             signal.signal(number, self._pass_on)
         signal.pthread_sigmask(signal.SIG_BLOCK, kept_out)  # which the launcher inherits
-        self._process = subprocess.Popen(command)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # srun and mpirun would read what is typed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, kept_out)
         if self.signalled:  # between the two lines above
             self._process.send_signal(self._number)

@@ -12,4 +12,5 @@ options=()
 #export MPI4PY_LIBMPI=libmpi.so.40   # where mpi4py has loaded another MPI than mpirun's, and says so
 # Open MPI 4 and 5 count cores as places, and start no more ranks than that.
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-exec "$mpirun" -n "${NPROC:-4}" "${options[@]}" python "$home/merge_shards.py" "$@"
+# mpirun would read what is typed, or pasted, behind this command.
+exec "$mpirun" -n "${NPROC:-4}" "${options[@]}" python "$home/merge_shards.py" "$@" < /dev/null
