@@ -367,7 +367,9 @@ def test_vectors_of_another_size_are_never_written(out):
     segment.with_name(segment.name + ".sha256").write_text(f"{sha256(segment)}  {segment.name}\n")
     merged = merge(out)
     assert merged.returncode == 1
-    assert "row 20 has a vision_only_representation of shape (5,), expected (6,)" in merged.stderr
+    assert merged.stderr.startswith("error: row 21 has vectors of shapes (5,), (3, 8), (3, 8); expected (6,) and twice")
+    assert merged.stderr.count("\n") == 1
+    assert merge(out, "--layout", "columnar").returncode == 1
     assert not list(out.glob("*.h5*"))
 
 

@@ -210,7 +210,10 @@ def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple
     settings = read_json(where / ADAPTER_CONFIG)
     if settings.get("peft_type") != "LORA" or settings.get("modules_to_save"):
         kind = f"peft_type {settings.get('peft_type')!r}, modules_to_save {settings.get('modules_to_save')}"
-        raise Refused(f"{where / ADAPTER_CONFIG} is of {kind}; expected LORA, and no modules beside it")
+        raise Refused(
+            f"{where / ADAPTER_CONFIG} is of {kind}; expected LORA, and no modules beside it; "
+            "use the adapter of the same checkpoint"
+        )
     settings["target_modules"] = from_top(settings.get("target_modules"))
     header = _safetensors_header(where / ADAPTER_WEIGHTS)
     _stored_dtype(where, header)

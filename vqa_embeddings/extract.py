@@ -356,7 +356,10 @@ def checked(record: Extracted, layers: Sequence[int]) -> Record:
 def _check_finite(name: str, vector: np.ndarray) -> None:
     finite = np.isfinite(vector)
     if not finite.all():
-        raise NonFiniteValues(f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}")
+        raise NonFiniteValues(
+            f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}; expected none, "
+            "try --dtype bfloat16 or float32 in another --output-dir"
+        )
 
 
 def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:

@@ -104,10 +104,10 @@ def locate(folder: Path, name: str) -> Path:
         PictureNotFound: the name is empty, or no file is there.
     """
     if not name.strip():
-        raise PictureNotFound("the row names no picture; expected a file name below --images-dir")
+        raise PictureNotFound("the row names no picture; expected a file name below --images-dir, name one")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise PictureOutsideFolder(
-            f"{name!r} leads out of the picture folder; expected a relative path below --images-dir"
+            f"{name!r} leads out of the picture folder; expected a relative path below --images-dir, rename it"
         )
     path = folder / name
     number, found = None, "it is not a file"
@@ -118,7 +118,9 @@ def locate(folder: Path, name: str) -> Path:
         number, found = error.errno, error.strerror or str(error)
     except ValueError as error:  # a name that no file can have
         found = str(error)
-    raise PictureNotFound(f"{name!r} cannot be found ({found}); expected a picture below --images-dir", number)
+    raise PictureNotFound(
+        f"{name!r} cannot be found ({found}); expected a picture below --images-dir, put one there", number
+    )
 
 
 def _with_parents(folder: str) -> Iterator[str]:

@@ -96,9 +96,8 @@ class _RowGroup:
         """Give the group the values of a row, its texts in the order of `TEXTS`."""
         for dataset, text in zip(self._texts, texts, strict=True):
             dataset.write(h5s.ALL, h5s.ALL, np.array(text.encode(), object), h5t.PYTHON_OBJECT)
-        for (dataset, size), (name, values) in zip(self._vectors, _vectors(record, self._run), strict=True):
-            if values.shape != (size,):  # the low-level interface would read what lies behind a shorter one
-                raise ValueError(f"row {record.row} has a {name} of shape {values.shape}, expected ({size},)")
+        for (dataset, size), (_, values) in zip(self._vectors, _vectors(record, self._run), strict=True):
+            assert values.shape == (size,)  # the low-level interface would read what lies behind a shorter one
             dataset.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(values, np.float32), h5t.NATIVE_FLOAT)
 
     def copy(self, root: h5g.GroupID, name: str) -> None:

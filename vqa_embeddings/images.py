@@ -63,7 +63,9 @@ def decode(path: Path, data: bytes) -> Image.Image:
 
 def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """What is raised about a file of which no picture can be made."""
-    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}", errno)
+    return PictureUnreadable(
+        f"{path.name} cannot be read as a picture: {reason}; expected a whole one, mend or replace it", errno
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_embeddings import columnar, grouped
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import Refused, StorageFailed, one_line
 from vqa_embeddings.files import publish, sha256, sync_and_hash
 from vqa_embeddings.hdf5 import misread, new_file, open_file, open_verified, text_of
 from vqa_embeddings.records import Extracted
@@ -129,6 +129,7 @@ def write_part(job: PartJob) -> tuple[Path, str]:
     """Write one part, or replace it, atomically. Returns where it lies, and its SHA-256 in hex."""
     records = [record for source in job.sources for record in read_source(source, job.rows, job.first, job.run)]
     records.sort(key=lambda record: record.row)
+    _check_sizes(records, job)
     digest = ""
 
     def write(temporary: Path) -> None:
@@ -138,6 +139,18 @@ def write_part(job: PartJob) -> tuple[Path, str]:
 
     publish(job.path, write)
     return job.path, digest
+
+
+def _check_sizes(records: Sequence[Extracted], job: PartJob) -> None:
+    run = job.run
+    states = (len(run.layers), run.hidden_size)
+    for record in records:
+        found = (record.vision_only.shape, record.vision_token.shape, record.query_token.shape)
+        if found != ((run.vision_size,), states, states) or record.pixel_mean.shape != records[0].pixel_mean.shape:
+            raise StorageFailed(
+                f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found))}; expected "
+                f"({run.vision_size},) and twice {states}: its file is not this run's, move it away, and merge again"
+            )
 
 
 def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:

@@ -83,7 +83,8 @@ class Phi4:
             made = self._image_processor(images=[picture], return_tensors="pt")
         except Exception as error:  # of one picture, whatever it is: the others go on
             raise PictureUnreadable(
-                f"a picture of {picture.width}x{picture.height} pixels is refused: {error}"
+                f"the model's processor takes no picture of {picture.width}x{picture.height} pixels ({error}); "
+                "expected sides that are less unlike, crop or scale it"
             ) from None
         crops, mask = made["image_pixel_values"][0], made["image_attention_mask"][0]
         height, width = made["image_sizes"][0].tolist()
@@ -117,7 +118,10 @@ class Phi4:
         """
         length = len(picture.embeddings) + len(question)
         if length > self._context:
-            raise PromptTooLong(f"the prompt has {length} tokens; the model's context is {self._context}")
+            raise PromptTooLong(
+                f"the prompt has {length} tokens; expected {self._context} at most, the model's context: "
+                "shorten the question"
+            )
         return length > self._short_context
 
     def is_over(self, prompt: int, written: Sequence[int], long: bool) -> bool:

@@ -149,7 +149,7 @@ def read_run(folder: Path) -> Run:
         values = json.loads(path.read_text(encoding="utf-8"))
         named = (field.name for field in fields(Run) if field.name in values or field.default is MISSING)
         return Run(**{name: values[name] for name in named})
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Refused(
             f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "
             "check --output-dir or run the extraction first"

@@ -153,7 +153,7 @@ def read_table(path: Path) -> Table:
     else:
         table = Table.from_rows(map(itemgetter(*columns, truth), rows))
     if not len(table):
-        raise Refused(f"{path} has a header and no rows; expected one question a row")
+        raise Refused(f"{path} has a header and no rows; expected one question a row, check --vqa-dataset")
     _check_ids(path, table.ids)
     return table
 
@@ -184,7 +184,9 @@ def _refusing(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise Refused(f"{path} is not there; expected the CSV of questions, check --vqa-dataset") from None
     except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}); expected the CSV of questions") from None
+        raise Refused(
+            f"{path} cannot be read ({error.strerror}); expected the CSV of questions, check its permissions"
+        ) from None
 
 
 def _encoding(path: Path) -> str:
@@ -233,7 +235,10 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 if row:
                     width = width or len(row)
                     if len(row) != width:
-                        raise Refused(f"{path} line {line} has {len(row)} fields; expected {width}, as in its header")
+                        raise Refused(
+                            f"{path} line {line} has {len(row)} fields; expected {width}, as in its header: "
+                            "mend that line"
+                        )
                     yield line, row
                 line = reader.line_num + 1
         except csv.Error as error:
@@ -272,7 +277,7 @@ def _check_ids(path: Path, ids: Sequence[str]) -> None:
         named = "; ".join(f"line {line}: {bad[position]}" for position, line in _lines(path, bad))
         raise Refused(
             f"{path} holds ids that cannot be used ({named}); every {ID_COLUMN} must be unique, "
-            'not empty, not ".", and without "/"'
+            'not empty, not ".", and without "/": rename these'
         )
 
 
