@@ -25,8 +25,10 @@ from test_rows import assert_equal_to_reference
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.files import sha256
 from vqa_embeddings.parts import recorded_hashes
+from vqa_embeddings.records import Failed
 from vqa_embeddings.run import read_run
-from vqa_embeddings.shards import find_damage, read_segments
+from vqa_embeddings.shards import find_damage, read_failures, read_segments, write_segment
+from vqa_embeddings.table import Table
 from vqa_embeddings.workers import in_this_process
 
 FLIPS, KILLS, DISKS = 1000, 200, 20
@@ -52,7 +54,7 @@ def test_every_flipped_bit_and_every_lost_or_added_byte_is_found(out):
     chance = random.Random(6)
 
     def found(path: Path) -> bool:
-        return sha256(path) != known[path.name] if path.name in known else find_damage(path) is not None
+        return sha256(path) not in known[path.name] if path.name in known else find_damage(path) is not None
 
     assert not any(map(found, files))
     for number in range(FLIPS):
@@ -348,3 +350,46 @@ def test_nothing_in_a_segment_or_a_part_makes_the_merge_read_another_file(out, l
     assert merged.stderr.count("\n") == 1
     if victim == "segment":
         assert not list(out.glob("*.h5"))
+
+
+def row_is_a_group(file: h5py.File) -> None:
+    del file["row"]
+    file.create_group("row")
+
+
+def row_is_text(file: h5py.File) -> None:
+    del file["row"]
+    file["row"] = np.array([b"1", b"2"])
+
+
+def row_is_endless(file: h5py.File) -> None:
+    del file["row"]
+    file.create_dataset("row", (1 << 45,), np.int64, chunks=(1024,))
+
+
+def failed_is_a_dataset(file: h5py.File) -> None:
+    del file["failed"]
+    file["failed"] = np.zeros(3)
+
+
+@pytest.mark.parametrize("forge", [row_is_a_group, row_is_text, row_is_endless, failed_is_a_dataset])
+def test_a_segment_that_is_none_is_not_used_and_stops_nothing(out, forge):
+    commit(out, [record(row) for row in range(ROWS)], interval=20)
+    path = max(out.glob("shards/*/*.h5"))
+    with h5py.File(path, "r+") as file:
+        forge(file)
+    path.with_name(path.name + ".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+    merged = merge(out, "--part-size", PART_SIZE)
+    assert merged.returncode == 3 and "Traceback" not in merged.stderr, merged.stderr
+    assert f"not used: {path}: " in merged.stdout
+
+
+def test_one_very_long_name_costs_the_others_no_room(out):
+    run = read_run(out)
+    table = Table(["a", "b" * 100_000], ["c.jpg", "d" * 20_000_000], ["", ""], ["", ""])
+    records = [record(0), Failed(1, "PictureNotFound", "e" * 20_000_000)] * 400
+    path = next(out.glob("shards")) / "launch0-r0" / "00001-abcdef.h5"
+    path.parent.mkdir()
+    write_segment(path, records, run, table)
+    assert path.stat().st_size < 20 << 20
+    assert read_failures(path)[0].message == "e" * 4096

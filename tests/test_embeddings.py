@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, merge
 from published_reader import read_published
+from test_damage import links_away, links_within, shows_another_file, stores_away
 from test_merge import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
 
 from vqa_embeddings import open_embeddings
@@ -147,6 +148,21 @@ def test_what_is_not_there_is_said(out, tmp_path):
     victim.write_bytes(victim.read_bytes()[:3000])
     with pytest.raises(OSError, match=r"cannot be read .* --verify finds what is damaged"):
         e.query_token(LAYERS[0])
+
+
+@pytest.mark.parametrize("lead", [links_away, links_within, stores_away, shows_another_file])
+def test_a_forged_part_leads_to_no_other_file(out, lead):
+    extract_all(out)
+    secret = out.parent / "secret"
+    with h5py.File(secret, "w") as file:
+        file["values"] = np.full((ROWS, 6), 12345, np.float32)
+    assert merge(out, "--prune").returncode == 0
+    (part,) = out.glob("*.h5")
+    with h5py.File(part, "r+") as file:
+        del file["q3/vision_only_representation"]
+        lead(file, "q3/vision_only_representation", secret)
+    with pytest.raises(OSError, match=r"another (file|place)|of shape"):
+        open_embeddings(out).vision_only()
 
 
 def test_a_torch_dataset_goes_through_a_loader(out):

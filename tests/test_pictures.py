@@ -19,10 +19,12 @@ from odd_pictures import bad, lay, odd
 from PIL import Image
 from running import all_end
 
+from vqa_embeddings import folder as folder_module
+from vqa_embeddings import images as images_module
 from vqa_embeddings import opener as opener_module
 from vqa_embeddings.errors import PictureNotFound, PictureUnreadable, StorageFailed
 from vqa_embeddings.folder import GONE, PictureFolder, locate
-from vqa_embeddings.images import open_picture
+from vqa_embeddings.images import open_picture, read_ahead
 from vqa_embeddings.opener import Openers
 
 ODD = odd()
@@ -215,20 +217,67 @@ def test_a_file_server_that_is_gone_is_no_fault_of_the_rows(folder, number):
         folder.read("cat.png", fails_with(number))
 
 
-def test_one_bad_block_costs_its_row_and_a_broken_disk_ends_the_run(folder):
-    for _ in range(5):
-        for _ in range(2):
-            with pytest.raises(PictureUnreadable):
-                folder.read("cat.png", fails_with(errno.EIO))
-        folder.read("cat.png", open_picture)
-    with pytest.raises(PictureUnreadable):
-        folder.read("cat.png", fails_with(errno.EIO))
-    with pytest.raises(PictureUnreadable):
-        folder.read("cat.png", fails_with(errno.EACCES))
-    with pytest.raises(PictureUnreadable):
-        folder.read("cat.png", fails_with(errno.EIO))
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EUCLEAN])
+def test_bad_blocks_cost_their_rows_and_a_broken_disk_ends_the_run(folder, number, monkeypatch):
+    """Whether the disk is broken is seen by the last picture that it gave."""
+    folder.read("cat.png", open_picture)
+    for _ in range(2 * folder_module.IN_A_ROW_AT_FIRST):
+        with pytest.raises(PictureUnreadable):
+            folder.read("more/cat.png", fails_with(number))
+    folder.read("cat.png", open_picture)
+    (folder.path / "cat.png").unlink()
+    for _ in range(folder_module.IN_A_ROW - 1):
+        with pytest.raises(PictureUnreadable):
+            folder.read("more/cat.png", fails_with(number))
+    with pytest.raises(PictureNotFound):
+        folder.read("dog.png", open_picture)
+    with pytest.raises(StorageFailed, match="which is not the picture's fault"):
+        folder.read("more/cat.png", fails_with(number))
+
+
+def test_a_disk_that_gives_nothing_from_the_beginning_ends_the_run(folder):
+    for _ in range(folder_module.IN_A_ROW_AT_FIRST - 1):
+        with pytest.raises(PictureUnreadable):
+            folder.read("cat.png", fails_with(errno.EIO))
     with pytest.raises(StorageFailed, match="Input/output error"):
         folder.read("cat.png", fails_with(errno.EIO))
+
+
+def test_pictures_that_nobody_may_read_are_the_rows_fault_however_many(folder):
+    for _ in range(50):
+        with pytest.raises(PictureUnreadable):
+            folder.read("cat.png", fails_with(errno.EACCES))
+    folder.read("cat.png", open_picture)
+
+
+@pytest.mark.parametrize("name", ["a/" * 500_000, "x" * 1_000_000, "../" * 500_000, "/" + "é" * 500_000])
+def test_a_name_of_a_megabyte_takes_no_time_and_little_room(folder, name):
+    begun = time.monotonic()
+    with pytest.raises(PictureNotFound, match="is too long; expected a path of 4096 bytes at most") as failed:
+        folder.read(name, open_picture)
+    assert time.monotonic() - begun < 1 and len(str(failed.value)) < 1000
+
+
+def test_a_folder_whose_names_must_not_be_listed_is_read_by_name():
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as place:
+        lay(Path(place), "cat.png", ODD["bitmap.bmp"][0])
+        Path(place).chmod(0o711)
+        if root:
+            os.seteuid(65534)
+        try:
+            PictureFolder(Path(place)).read("cat.png", open_picture)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_slow(monkeypatch):
+    monkeypatch.setattr(images_module, "LONGEST_WAIT", 0.5)
+    slow = read_ahead(range(4), lambda key: time.sleep(0.3) or key, 1)
+    assert [found for _, found in slow] == [0, 1, 2, 3]
+    with pytest.raises(StorageFailed, match="no picture has come for 0 minutes, and the next would be that of 0"):
+        next(read_ahead(range(4), lambda key: time.sleep(3), 1))
 
 
 @pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])

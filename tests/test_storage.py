@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -29,15 +31,17 @@ from test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverag
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings import files as files_module
+from vqa_embeddings import merge as merge_module
 from vqa_embeddings import parts as parts_module
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.errors import StorageFailed
 from vqa_embeddings.files import copy_file, publish
 from vqa_embeddings.merge import merge as merge_here
 from vqa_embeddings.options import parse_merge
+from vqa_embeddings.records import Failed
 from vqa_embeddings.run import read_run, read_run_rows
 from vqa_embeddings.shards import ShardWriter, read_segments
-from vqa_embeddings.voice import fail
+from vqa_embeddings.voice import fail, say
 from vqa_embeddings.workers import in_this_process
 from vqa_embeddings.world import World
 
@@ -92,7 +96,7 @@ def test_a_run_on_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(
     errors = [line for line in ended.stderr.splitlines() if "rows/s" not in line and line.strip()]
     assert len(errors) == 1 and "No space left on device" in errors[0] and "the same command continues" in errors[0]
     assert "warning: little room" in ended.stdout
-    committed = int(ended.stdout.split(" rows extracted, 0 failed")[0].split()[-1])
+    committed = int(re.findall(r"(\d+) rows extracted, 0 failed, \d+ left", ended.stdout)[0])
     assert 0 < committed < 31 * COPIES
     assert f"{committed} rows extracted, 0 failed, {31 * COPIES - committed} left" in ended.stdout
     small_disk(1 << 30)
@@ -277,3 +281,157 @@ def test_a_log_on_a_full_disk_does_not_end_a_run(tmp_path, photographs):
         launch = begin(command(0, *photographs, "--output-dir", out), full, full)
         assert launch.wait(120) == 0
     assert merge(out).returncode == 0
+
+
+def ended_before_it_recorded(out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """A merge that has written its parts, and ends before it can say so."""
+
+    def ends(*arguments):
+        raise StorageFailed("the disk is full")
+
+    monkeypatch.setattr(merge_module, "_report", ends)
+    with pytest.raises(StorageFailed):
+        merge_here(parse_merge(None, ["--output-dir", str(out), *arguments]))
+    monkeypatch.undo()
+
+
+def flip(path: Path) -> bytes:
+    """Flip a bit in a vector of the part. Returns what it was."""
+    good = path.read_bytes()
+    value = record(2).query_token[1].tobytes()
+    place = good.index(value) + 3
+    path.write_bytes(good[:place] + bytes([good[place] ^ 64]) + good[place + 1 :])
+    return good
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_part_is_verified_by_its_hash_also_after_a_merge_that_could_not_record_it(
+    out, monkeypatch, replaced, damaged
+):
+    """Before, the hash of the old part was forgotten: damage then went on into the new one."""
+    commit(out, [*(record(row) for row in range(ROWS - 1)), Failed(ROWS - 1, "PictureNotFound", "gone")])
+    assert merge(out, "--prune").returncode == 4
+    (part,) = out.glob("*.h5")
+    for path in out.glob("shards/*/*.h5*"):
+        path.unlink()
+    commit(out, [record(ROWS - 1)])
+    if replaced:
+        ended_before_it_recorded(out, monkeypatch)
+        assert len(list(out.glob(".*.sha256"))) == 1
+    else:
+        full = run_merge_on_a_full_disk(out)
+        assert full.returncode == 1 and "File too large" in full.stderr, full.stderr
+    if damaged:
+        flip(part)
+    merged = merge(out, "--verify")
+    assert merged.returncode == (3 if damaged else 0), merged.stdout
+    assert bool(list(out.glob("*.damaged"))) == damaged
+    if not damaged:
+        assert_right(out, set(range(ROWS)))
+        assert not list(out.glob(".*.sha256")), "what was announced is recorded"
+
+
+def run_merge_on_a_full_disk(out: Path):
+    limit = (
+        "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); del sys.argv[0];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return run([sys.executable, "-c", limit, str(ROOT / "merge_shards.py"), "--output-dir", str(out)])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_part_that_waits_keeps_its_hash(out, damaged):
+    """A row of its has become missing: it is not replaced now, and its rows are taken over later."""
+    commit(out, [*(record(row) for row in range(ROWS - 1)), Failed(ROWS - 1, "PictureNotFound", "gone")])
+    assert merge(out).returncode == 4
+    (part,) = out.glob("*.h5")
+    for path in out.glob("shards/*/*.h5*"):
+        path.unlink()
+    assert merge(out).returncode == 3
+    assert [entry["file"] for entry in coverage(out)["parts"]] == [part.name]
+    if damaged:
+        flip(part)
+    assert merge(out, "--verify").returncode == 3
+    assert bool(list(out.glob("*.damaged"))) == damaged
+    commit(out, [record(ROWS - 1)])
+    assert merge(out).returncode == (3 if damaged else 0)
+    if not damaged:
+        assert_right(out, set(range(ROWS)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"parts": 3}', b'{"parts": [{}]}', b"\xff"])
+def test_a_record_that_is_broken_is_refused_and_not_taken_for_none(out, content):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--prune").returncode == 0
+    (out / "coverage.json").write_bytes(content)
+    merged = merge(out, "--verify")
+    assert merged.returncode == 2 and merged.stderr.count("\n") == 1
+    assert merged.stderr.startswith(f"error: {out}/coverage.json is not what a merge has written (")
+    (out / "coverage.json").unlink()
+    assert merge(out, "--verify").returncode == 0
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(out, monkeypatch):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--prune").returncode == 0
+
+    def read_bytes(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(StorageFailed, match=r"coverage.json cannot be read \(Input/output error\)"):
+        merge_here(parse_merge(None, ["--output-dir", str(out), "--verify"]))
+
+
+def test_an_error_that_passes_costs_a_part_that_nobody_has_recorded_nothing(out, monkeypatch):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--prune").returncode == 0
+    (out / "coverage.json").unlink()
+    opened, times = parts_module.open_file, []
+
+    def open_file(path):
+        times.append(path)
+        return unreadable(path) if len(times) == 1 else opened(path)
+
+    monkeypatch.setattr(parts_module, "open_file", open_file)
+    outcome = merge_here(parse_merge(None, ["--output-dir", str(out)]))
+    assert outcome.status == 0 and outcome.corrupt == [] and len(times) >= 2
+
+
+@pytest.mark.parametrize("hidden", ["shards", "launch0-r0", "out"])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(out, monkeypatch, hidden):
+    commit(out, [record(row) for row in range(ROWS)])
+    names = os.listdir
+
+    def listdir(path):
+        if Path(path).name == hidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return names(path)
+
+    monkeypatch.setattr(files_module.os, "listdir", listdir)
+    with pytest.raises(StorageFailed, match=rf"{hidden} cannot be read \(Permission denied\)"):
+        merge_here(parse_merge(None, ["--output-dir", str(out)]))
+
+
+def test_the_report_reads_no_part_that_nobody_has_verified(out):
+    """A bit that is flipped in a heap of texts can keep HDF5 reading for ever, or make it say something."""
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merge(out, "--prune").returncode == 0
+    (part,) = out.glob("*.h5")
+    flip(part)
+    (out / "report.html").unlink()
+    assert merge(out).returncode == 0
+    assert "question 3" not in (out / "report.html").read_text()
+    assert merge(out, "--verify").returncode == 3
+
+
+def test_a_sentence_is_said_in_any_encoding(capsys, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    say(World(), "12ab… \udcff é")
+    stream.seek(0)
+    assert stream.buffer.getvalue().decode("latin-1") == "12ab\\u2026 \\udcff é\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    say(World(), "nobody listens")

@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 from test_merge import ROWS, begin_run, commit
 
+from vqa_embeddings import supervise as supervise_module
 from vqa_embeddings.demo import DATA
+from vqa_embeddings.errors import StorageFailed
 from vqa_embeddings.options import parse_extract
 from vqa_embeddings.records import Failed
 from vqa_embeddings.supervise import Left, Slice, count_fruitless, is_to_go_on, requeue
@@ -159,3 +161,23 @@ def test_signals_go_on_as_one_that_the_launcher_hands_to_its_ranks(tmp_path, nam
         "launch: stopped by a signal, with nothing begun; the same command continues",
     ]
     assert launch.returncode == 0
+
+
+def test_a_disk_that_fails_keeps_no_job_from_going_on(tmp_path, monkeypatch):
+    """Neither what cannot be counted nor what cannot be remembered is a reason to leave a job stopped."""
+
+    def fails(*arguments):
+        raise StorageFailed("the disk is full")
+
+    asked = []
+    monkeypatch.setattr(supervise_module, "read_run", fails)
+    monkeypatch.setattr(supervise_module, "publish_text", fails)
+    monkeypatch.setattr(
+        supervise_module, "_ask_slurm", lambda job: {"Restarts": "0", "BatchFlag": "1", "JobState": "RUNNING"}
+    )
+    monkeypatch.setattr(supervise_module, "_scontrol", lambda *arguments: asked.append(arguments))
+    options = parse_extract(None, [*ARGUMENTS, "--output-dir", str(tmp_path)])
+    left = Slice(options).count_left()
+    assert left == Left()
+    assert requeue(QueuedJob("7", 0), tmp_path / "shards" / ".stopped-7", Left(9, 9), Left(5, 9)) == 0
+    assert asked == [("requeue", "7")]

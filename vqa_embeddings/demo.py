@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vqa_embeddings import __version__
 from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.weights import quiet_library
 
@@ -135,6 +135,7 @@ def make_checkpoint(
 
 def _cached_checkpoint(cache_dir: Path) -> Path:
     """The demo's checkpoint below `cache_dir`, made there by whichever rank comes first."""
+    from safetensors import SafetensorError
     from transformers import __version__ as library
 
     folder = cache_dir / f"demo-{__version__}-transformers-{library}"
@@ -143,9 +144,9 @@ def _cached_checkpoint(cache_dir: Path) -> Path:
         try:
             make_checkpoint(aside)
             aside.rename(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             if not folder.exists():  # otherwise another rank was first, with the same bytes
-                raise Refused(f"{folder} cannot be made ({error.strerror}); choose another --cache-dir") from None
+                raise Refused(f"{folder} cannot be made ({one_line(error)}); choose another --cache-dir") from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5s
+from h5py import h5d, h5f, h5s
 
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.hdf5 import get_dataset, open_file
@@ -62,7 +62,7 @@ def open_embeddings(folder: str | Path) -> Embeddings:
         if part.layout == "columnar":
             take(part.path, "columnar", part.rows, np.arange(len(part.rows)))
     for number, segment in enumerate(holdings.segments):
-        rows = np.flatnonzero((coverage.holder == number) & left)
+        rows = np.unique(segment.rows[(coverage.holder[segment.rows] == number) & left[segment.rows]])
         take(segment.path, "segment", rows, coverage.position[rows])
     for part in holdings.parts:
         if part.layout == "grouped":
@@ -241,8 +241,11 @@ def _read_groups(
     file: h5py.File, source: _Source, table: Table, path: str, matrix: np.ndarray, places: np.ndarray
 ) -> None:
     """Read a vector of each row's group into the rows of a matrix, in a quarter of the time that h5py's groups take."""
+    own = h5f.get_name(file.id)
     for row, place in zip(source.rows.tolist(), places.tolist(), strict=True):
         dataset = h5d.open(file.id, f"{table.ids[row]}/{path}".encode())
+        if h5f.get_name(dataset) != own or dataset.get_offset() is None:  # of another file, or not simply in this one
+            get_dataset(file, f"{table.ids[row]}/{path}")  # which says so
         if dataset.shape != matrix.shape[1:]:
             raise ValueError(f"row {row} has a {path} of shape {dataset.shape}, expected {matrix.shape[1:]}")
         dataset.read(h5s.ALL, h5s.ALL, matrix[place])

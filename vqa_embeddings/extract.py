@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqa_embeddings.batch import Batch, Seated, size_cache
 from vqa_embeddings.cache import Prefix
-from vqa_embeddings.errors import NonFiniteValues, RowFailed
+from vqa_embeddings.errors import NonFiniteValues, RowFailed, StorageFailed
 from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture, read_ahead
 from vqa_embeddings.opener import Openers
@@ -50,15 +50,24 @@ def extract(
         stages: takes the time of what is done.
     Yields:
         The records that one unit of work has finished, often none.
+    Raises:
+        StorageFailed: the pictures have gone; after the records of those that had been read.
     """
     open_ = Openers() if workers else open_picture
 
     def prepare(group: tuple[str, list[int]]) -> Pixels:
         return model.pixels(folder.read(group[0], open_))
 
-    read = read_ahead(_by_picture(table, rows), prepare, workers, stopping)
-    pictures = ((group[1], found) for group, found in read)
-    flight = Flight(model, table.questions, pictures, batch_size, stages or Stages())
+    failures: list[StorageFailed] = []
+
+    def read() -> Iterator[tuple[list[int], Pixels | RowFailed]]:
+        try:
+            for group, found in read_ahead(_by_picture(table, rows), prepare, workers, stopping):
+                yield group[1], found
+        except StorageFailed as failure:  # there are no more pictures; those that were read are worked off first
+            failures.append(failure)
+
+    flight = Flight(model, table.questions, read(), batch_size, stages or Stages())
     deadline: float | None = None
     while not flight.over:
         if stopping():
@@ -66,6 +75,8 @@ def extract(
             if not flight.under_way or time.monotonic() > deadline:
                 return
         yield flight.advance(begin=deadline is None)
+    if failures:
+        raise failures[0]
 
 
 @dataclass(eq=False)

@@ -66,7 +66,9 @@ def _link(temporary: Path, path: Path) -> None:
 
 def publish_text(path: Path, text: str, *, replace: bool = True) -> bool:
     """`publish` for a short text, encoded as UTF-8 with its line ends as they are."""
-    return publish(path, lambda temporary: temporary.write_bytes(text.encode()), replace=replace)
+    # What stands for a byte that is no text, in the name of a file, has no UTF-8; as an escape JSON reads it back.
+    data = text.encode(errors="backslashreplace")
+    return publish(path, lambda temporary: temporary.write_bytes(data), replace=replace)
 
 
 def publish_json(path: Path, value: Any, *, replace: bool = True) -> bool:
@@ -111,10 +113,23 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(*error.args) from None
     except OSError as error:
         raise _not_read(path, error) from error
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; nothing where there is none. `Path.glob` takes what cannot be read for empty.
+
+    Raises:
+        StorageFailed: it cannot be read.
+    """
+    try:
+        with reading(folder):
+            return [folder / name for name in sorted(os.listdir(folder))]
+    except FileNotFoundError:
+        return []
 
 
 def sha256(path: Path) -> str:

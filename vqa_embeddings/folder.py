@@ -13,16 +13,24 @@ from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, Picture
 
 T = TypeVar("T")
 
-# What is answered for every file alike once a file server, a disk or the right to read it has gone.
-GONE = {
-    getattr(errno, name)
-    for name in (
-        *("ESTALE", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED", "ECONNRESET"),
-        *("ETIMEDOUT", "ENODEV", "ENXIO", "EREMOTEIO", "EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED"),
-    )
-    if hasattr(errno, name)
-}
-DISK_ERRORS = 3  # EIO may come from a bad block below one picture; for so many in a row it comes from the disk
+
+def _numbers(*names: str) -> set[int]:
+    return {getattr(errno, name) for name in names if hasattr(errno, name)}
+
+
+# What says something about the one file that was asked for.
+OF_THE_FILE = _numbers("ENOENT", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "EISDIR", "EINVAL")
+# What is answered for every file alike once a file server, a disk, a right to read, or the machine's room has gone.
+GONE = _numbers(
+    *("ESTALE", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED", "ECONNRESET"),
+    *("ECONNABORTED", "ETIMEDOUT", "ENODEV", "ENXIO", "EREMOTEIO", "ECOMM", "ENOLINK", "ENONET", "ENOKEY"),
+    *("EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED", "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN"),
+)
+# All others, such as EIO and EACCES, may come from one file or from all. So many in a row, and it is seen whether the
+# last picture that was read can still be read; where none was, more of them are needed to tell.
+IN_A_ROW, IN_A_ROW_AT_FIRST = 3, 20
+LONGEST_SHOWN = 300  # characters of a name in a message
+LONGEST_NAME = 4096  # bytes: no system takes a longer path
 
 
 class PictureFolder:
@@ -38,9 +46,11 @@ class PictureFolder:
             found = "is a file" if path.exists() else "is not there"
             raise Refused(f"{path} {found}; expected the folder of pictures, check --images-dir")
         self.path = path
-        self._held = os.open(path, os.O_RDONLY)  # as long as it is open, its numbers belong to no other folder
+        # As long as it is open, its numbers belong to no other folder. It may be one whose names must not be listed.
+        self._held = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
         self._devices: dict[str, int] = {}  # of folders in which a picture was read, and of those above them
-        self._disk_errors = 0  # since a picture was read
+        self._errors = 0  # that may come from all files alike, since a picture was read
+        self._last: Path | None = None  # picture that was read
         self._remember(os.path.realpath(path))
 
     def read(self, name: str, open_picture: Callable[[Path], T]) -> T:
@@ -57,13 +67,13 @@ class PictureFolder:
             if failure.errno is not None:
                 self._see_whether_all_is_there(self.path / name, failure.errno)
             raise
-        self._disk_errors = 0
+        self._errors, self._last = 0, path
         self._remember(os.path.dirname(os.path.realpath(path)))
         return opened
 
     def _see_whether_all_is_there(self, path: Path, number: int) -> None:
-        self._disk_errors += number == errno.EIO
-        if number in GONE or self._disk_errors >= DISK_ERRORS:
+        self._errors += number not in OF_THE_FILE
+        if number in GONE or self._has_all_gone(number):
             raise StorageFailed(
                 f"{path} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
                 "mend the file server or the disk, and the same command continues"
@@ -74,6 +84,13 @@ class PictureFolder:
                 f"{changed} is no longer the folder that it was when this run began; "
                 "mount it again, and the same command continues"
             )
+
+    def _has_all_gone(self, number: int) -> bool:
+        if self._last is None:
+            return number == errno.EIO and self._errors >= IN_A_ROW_AT_FIRST
+        if self._errors < IN_A_ROW or _can_be_read(self._last):
+            return False
+        return number not in OF_THE_FILE
 
     def _find_change(self, path: Path) -> str | None:
         """The folder on the way to `path` that is gone, or lies on another device than before."""
@@ -105,9 +122,12 @@ def locate(folder: Path, name: str) -> Path:
     """
     if not name.strip():
         raise PictureNotFound("the row names no picture; expected a file name below --images-dir, name one")
+    shown = repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}…"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise PictureNotFound(f"{shown} is too long; expected a path of {LONGEST_NAME} bytes at most, rename it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise PictureOutsideFolder(
-            f"{name!r} leads out of the picture folder; expected a relative path below --images-dir, rename it"
+            f"{shown} leads out of the picture folder; expected a relative path below --images-dir, rename it"
         )
     path = folder / name
     number, found = None, "it is not a file"
@@ -119,8 +139,19 @@ def locate(folder: Path, name: str) -> Path:
     except ValueError as error:  # a name that no file can have
         found = str(error)
     raise PictureNotFound(
-        f"{name!r} cannot be found ({found}); expected a picture below --images-dir, put one there", number
+        f"{shown} cannot be found ({found}); expected a picture below --images-dir, put one there", number
     )
+
+
+def _can_be_read(path: Path) -> bool:
+    """Whether the disk still gives a file, and not only the machine's memory."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return bool(stream.read())
+    except OSError:
+        return False
 
 
 def _with_parents(folder: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa_embeddings.errors import PictureUnreadable, RowFailed
+from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -20,6 +20,7 @@ T = TypeVar("T")
 # What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 TOO_LARGE = "it takes too much memory"
+LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener takes to start, to read and to decode it
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
@@ -108,6 +109,8 @@ def read_ahead(
 
     Yields:
         The key, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
+    Raises:
+        StorageFailed: the next one does not come; time in which the process is suspended does not count.
     """
 
     def attempt(key: K) -> T | RowFailed:
@@ -129,10 +132,16 @@ def read_ahead(
             if not waiting:
                 return
             key, future = waiting.popleft()
-            while not stopping() and not wait([future], PATIENCE).done:
-                pass
-            if stopping():
-                return
+            for _ in range(round(LONGEST_WAIT / PATIENCE)):
+                if stopping():
+                    return
+                if wait([future], PATIENCE).done:
+                    break
+            else:
+                raise StorageFailed(
+                    f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of {key}; "
+                    "mend the file server, and the same command continues"
+                )
             yield key, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -19,7 +19,17 @@ from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha2
 from vqa_embeddings.holdings import Holdings, look
 from vqa_embeddings.options import MergeOptions
 from vqa_embeddings.pace import describe_shards, read_paces
-from vqa_embeddings.parts import OldRows, Part, PartJob, Source, part_path, read_source, recorded_hashes, write_part
+from vqa_embeddings.parts import (
+    OldRows,
+    Part,
+    PartJob,
+    Source,
+    announced_path,
+    part_path,
+    read_source,
+    recorded_hashes,
+    write_part,
+)
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.report import write_report
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
@@ -116,20 +126,24 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     known = recorded_hashes(folder)
     holdings = _recorded(holdings, known)
     coverage, plans = _plan(holdings, options)
-    suspects = holdings.parts if options.verify else _replaced(holdings.parts, plans)
-    damaged = _find_damaged(suspects, known, workers)
+    suspects = holdings.parts if options.verify else _in_doubt(holdings.parts, plans, known)
+    found = _hash(suspects, known, workers)
+    damaged = _find_damaged(suspects, known, found)
     if damaged:
         holdings = _without(holdings, damaged)
         coverage, plans = _plan(holdings, options)
     _set_damaged_aside(folder, holdings.corrupt)
     to_write = [plan for plan in plans if plan.action == WRITE]
-    _forget(folder, {part_path(folder, options.layout, plan.number).name for plan in to_write} & known.keys())
     jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
-    hashes = known | {path.name: digest for path, digest in workers(write_part, jobs)}
+    found |= {path.name: digest for path, digest in workers(write_part, jobs)}
     parts = _parts_now(options, holdings, coverage, plans)
-    entries = [_entry(part, hashes) for part in parts]
+    hashes = {name: next(iter(one)) for name, one in known.items()} | found  # of several, the one that was found
+    entries = [_entry(part, hashes.get(part.path.name)) for part in parts]
     outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
-    _report(folder, holdings, outcome, parts)
+    summary, failures = _report(folder, holdings, outcome)
+    _withdraw(parts, entries)
+    read = _Reader(holdings, coverage, parts, {entry["file"]: entry["sha256"] for entry in entries}, set(found))
+    write_report(folder, holdings, coverage, failures, summary, read)
     return replace(outcome, pruned=_prune(holdings, parts, entries, workers)) if options.prune else outcome
 
 
@@ -140,7 +154,11 @@ def _plan(holdings: Holdings, options: MergeOptions) -> tuple[Coverage, list[Par
 
 
 def _parts_now(options: MergeOptions, holdings: Holdings, coverage: Coverage, plans: Sequence[PartPlan]) -> list[Part]:
-    """The parts that are there after the merge: those that were planned, and those of the other layout."""
+    """The parts that are there after the merge: those that were planned, and those that wait or are of another layout.
+
+    All of them stay in the record: rows that a part alone holds go on into the one that replaces it, and into other
+    layouts, and a hash that was forgotten could not show that it was damaged in between.
+    """
     planned = [
         Part(
             part_path(options.output_dir, options.layout, plan.number),
@@ -154,20 +172,28 @@ def _parts_now(options: MergeOptions, holdings: Holdings, coverage: Coverage, pl
         for plan in plans
         if plan.action in (KEEP, WRITE)
     ]
-    return planned + [part for part in holdings.parts if part.layout != options.layout]
+    paths = {part.path for part in planned}
+    return planned + [part for part in holdings.parts if part.path not in paths]
 
 
-def _replaced(parts: Sequence[Part], plans: Sequence[PartPlan]) -> list[Part]:
-    """The parts that are to be replaced: rows that no segment holds come from them, and must not bring damage along."""
+def _in_doubt(parts: Sequence[Part], plans: Sequence[PartPlan], known: dict[str, set[str]]) -> list[Part]:
+    """The parts to be hashed: those that a merge was ended over, and those from which rows may be taken.
+
+    Rows that no segment holds come from the parts that are to be replaced, and must not bring damage along.
+    """
     numbers = {plan.number for plan in plans if plan.action == WRITE}
-    return [part for part in parts if part.number in numbers]
+    return [part for part in parts if part.number in numbers or len(known.get(part.path.name, ())) > 1]
 
 
-def _find_damaged(parts: Sequence[Part], known: dict[str, str], workers: Workers) -> list[Corrupt]:
-    """Those of the parts whose SHA-256 is not the one in `known`, which the last merge recorded."""
-    recorded = [part.path for part in parts if part.path.name in known]
-    hashes = workers(sha256, recorded)
-    damaged = (path for path, found in zip(recorded, hashes, strict=True) if found != known[path.name])
+def _hash(parts: Sequence[Part], known: dict[str, set[str]], workers: Workers) -> dict[str, str]:
+    """The SHA-256 of those parts that have one to be compared with, by file name."""
+    paths = [part.path for part in parts if part.path.name in known]
+    return {path.name: digest for path, digest in zip(paths, workers(sha256, paths), strict=True)}
+
+
+def _find_damaged(parts: Sequence[Part], known: dict[str, set[str]], found: dict[str, str]) -> list[Corrupt]:
+    suspects = (part.path for part in parts if part.path.name in found)
+    damaged = (path for path in suspects if found[path.name] not in known[path.name])
     return [Corrupt(path, "its SHA-256 is not the one that coverage.json recorded") for path in damaged]
 
 
@@ -186,12 +212,13 @@ def _check_part_size(parts: Sequence[Part], size: int) -> None:
         )
 
 
-def _forget(folder: Path, files: set[str]) -> None:
-    """Take parts that are about to be replaced out of the record: a merge killed then leaves no stale hash."""
-    if files:
-        record = json.loads((folder / COVERAGE_FILE).read_text(encoding="utf-8"))
-        record["parts"] = [entry for entry in record["parts"] if entry["file"] not in files]
-        publish_json(folder / COVERAGE_FILE, record)
+def _withdraw(parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> None:
+    """Remove the hashes that were announced before the parts were written, and are now recorded."""
+    for part, entry in zip(parts, entries, strict=True):
+        announced = announced_path(part.path)
+        with suppress(OSError):
+            if announced.read_text().startswith(entry["sha256"]):
+                announced.unlink()
 
 
 def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
@@ -204,7 +231,7 @@ def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
             set_aside(checksum_path(damaged.path))
 
 
-def _recorded(holdings: Holdings, known: dict[str, str]) -> Holdings:
+def _recorded(holdings: Holdings, known: dict[str, set[str]]) -> Holdings:
     """Without the parts that no merge has recorded, where the segments can make them anew."""
     in_segments = np.zeros(len(holdings.table), bool)
     for segment in holdings.segments:
@@ -241,6 +268,10 @@ def _find_sources(
     ]
     old = rows[holders == NOBODY]
     for part in parts:
+        if not len(old):
+            break
+        if part.last <= old[0] or old[-1] < part.first:
+            continue
         taken = np.intersect1d(old, part.rows)
         if len(taken):
             sources.append(OldRows(part.path, part.layout, taken.tolist()))
@@ -248,17 +279,18 @@ def _find_sources(
     return sources
 
 
-def _entry(part: Part, hashes: dict[str, str]) -> dict[str, Any]:
+def _entry(part: Part, digest: str | None) -> dict[str, Any]:
     return {
         "file": part.path.name,
         "first_row": part.first + 1,
         "last_row": part.last,
         "samples": len(part.rows),
-        "sha256": hashes.get(part.path.name) or sha256(part.path),
+        "sha256": digest or sha256(part.path),
     }
 
 
-def _report(folder: Path, holdings: Holdings, outcome: Outcome, parts: Sequence[Part]) -> None:
+def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> tuple[dict[str, Any], dict[int, Failed]]:
+    """Write the lists and `coverage.json`. Returns what that says, and why rows failed."""
     coverage = outcome.coverage
     failures = holdings.failures(coverage.failed)
     _list_rows(folder, coverage, failures)
@@ -275,13 +307,38 @@ def _report(folder: Path, holdings: Holdings, outcome: Outcome, parts: Sequence[
         "parts": outcome.parts,
     }
     publish_json(folder / COVERAGE_FILE, summary)
+    return summary, failures
 
-    def read(rows: np.ndarray) -> list[Extracted]:
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads rows for the report, from what is verified: damage could keep HDF5 busy for ever.
+
+    Attributes:
+        recorded: SHA-256 of each part by its file name.
+        verified: the names of those whose hash was seen by this merge; a part that has another one is passed over.
+    """
+
+    holdings: Holdings
+    coverage: Coverage
+    parts: Sequence[Part]
+    recorded: dict[str, str]
+    verified: set[str]
+
+    def __call__(self, rows: np.ndarray) -> list[Extracted]:
+        table, run = self.holdings.table, self.holdings.run
         stretches = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        sources = (s for some in stretches for s in _find_sources(holdings.segments, parts, coverage, some))
-        return [record for s in sources for record in read_source(s, holdings.table, 0, holdings.run)]
+        segments = self.holdings.segments
+        sources = (s for some in stretches for s in _find_sources(segments, self.parts, self.coverage, some))
+        return [record for s in sources if self._is_whole(s) for record in read_source(s, table, 0, run)]
 
-    write_report(folder, holdings, coverage, failures, summary, read)
+    def _is_whole(self, source: Source | OldRows) -> bool:
+        name = source.path.name
+        if isinstance(source, OldRows) and name not in self.verified:
+            if sha256(source.path) != self.recorded[name]:
+                return False
+            self.verified.add(name)
+        return True
 
 
 def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from vqa_embeddings import columnar, grouped
 from vqa_embeddings.errors import Refused, StorageFailed, one_line
-from vqa_embeddings.files import publish, sha256, sync_and_hash
+from vqa_embeddings.files import list_folder, publish, publish_text, reading, sha256, sync_and_hash
 from vqa_embeddings.hdf5 import misread, new_file, open_file, open_verified, text_of
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
-from vqa_embeddings.shards import UNUSABLE, Corrupt, read_records
+from vqa_embeddings.shards import CHECKSUM, UNUSABLE, Corrupt, read_records
 from vqa_embeddings.table import Table
 
 # How the files of each layout are named, and what writes and reads them.
@@ -76,13 +78,40 @@ def part_path(folder: Path, layout: str, number: int) -> Path:
     return folder / NAMES[layout].format(number)
 
 
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each part by its file name, as the last merge recorded them; none where no merge has."""
+def announced_path(path: Path) -> Path:
+    """Where the hash of a part lies from the moment before it is there until a merge has recorded it."""
+    return path.with_name(f".{path.name}{CHECKSUM}")
+
+
+def recorded_hashes(folder: Path) -> dict[str, set[str]]:
+    """The SHA-256 that a part may have, by its file name; of one that no merge has recorded or announced, nothing.
+
+    It is the one that the last merge recorded, or that of a part which a merge has written since, and was then ended.
+
+    Raises:
+        Refused: the record is not what a merge wrote: without it, damage would go unseen.
+        StorageFailed: it cannot be read.
+    """
+    hashes: defaultdict[str, set[str]] = defaultdict(set)
+    path = folder / COVERAGE_FILE
     try:
-        entries = json.loads((folder / COVERAGE_FILE).read_text(encoding="utf-8"))["parts"]
-        return {str(entry["file"]): str(entry["sha256"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        with reading(path):
+            entries = json.loads(path.read_bytes())["parts"]
+        for entry in entries:
+            hashes[str(entry["file"])].add(str(entry["sha256"]))
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path} is not what a merge has written ({one_line(error)}); restore it, or remove it: "
+            "the parts are then taken as they are"
+        ) from None
+    for announced in list_folder(folder):
+        if announced.name.startswith(".") and announced.name.endswith(f".h5{CHECKSUM}"):
+            with suppress(FileNotFoundError), reading(announced):
+                digest = announced.read_bytes().decode(errors="replace").partition(" ")[0]
+                hashes[announced.name[1 : -len(CHECKSUM)]].add(digest)
+    return dict(hashes)
 
 
 def count_part_bytes(folder: Path, layout: str = "grouped") -> int:
@@ -102,14 +131,28 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     recorded = recorded_hashes(folder)
     for layout in LAYOUTS:
         for number, path in _find_parts(folder, layout).items():
+            read = partial(_read_part, path, layout, number, run, table, path.name in recorded)
             try:
-                parts.append(_read_part(path, layout, number, run, table, path.name in recorded))
+                parts.append(_read_surely(read, path, recorded.get(path.name, set())))
+            except FileNotFoundError:  # set aside by another merge at this moment
+                continue
             except UNUSABLE as error:
-                with suppress(FileNotFoundError):  # set aside by another merge at this moment
-                    if sha256(path) == recorded.get(path.name):
-                        raise misread(path, error) from error
-                    corrupt.append(Corrupt(path, one_line(error)))
+                corrupt.append(Corrupt(path, one_line(error)))
     return parts, corrupt
+
+
+def _read_surely(read: Callable[[], Part], path: Path, recorded: set[str]) -> Part:
+    """What `read` gives, or its error where the file is to blame for it, and not the disk.
+
+    Raises:
+        StorageFailed: the disk does not let the file be read, or its hash is right.
+    """
+    try:
+        return read()
+    except UNUSABLE as error:
+        if sha256(path) in recorded:
+            raise misread(path, error) from error
+        return read()  # the disk is there: now it is the file
 
 
 def read_source(source: Source | OldRows, table: Table, first: int, run: Run) -> list[Extracted]:
@@ -136,6 +179,7 @@ def write_part(job: PartJob) -> tuple[Path, str]:
         nonlocal digest
         _write(temporary, job, records)
         digest = sync_and_hash(temporary)
+        publish_text(announced_path(job.path), f"{digest}  {job.path.name}\n")
 
     publish(job.path, write)
     return job.path, digest
@@ -186,7 +230,7 @@ def _find_parts(folder: Path, layout: str) -> dict[int, Path]:
     """The files in the output folder that are named like parts of this layout, by number."""
     before, _, after = NAMES[layout].partition("{:03d}")
     pattern = re.compile(re.escape(before) + r"(\d{3,})" + re.escape(after))
-    named = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{before}*{after}"))
+    named = ((pattern.fullmatch(path.name), path) for path in list_folder(folder))
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 

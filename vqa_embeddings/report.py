@@ -42,7 +42,6 @@ NO_MATPLOTLIB = "matplotlib is not installed; pip install 'vqa-embeddings[report
 class Sample:
     """Some of the extracted rows."""
 
-    rows: np.ndarray  # int64 [m], positions in the table, in order
     records: Sequence[Extracted]
     agreement: Sequence[bool | None]
 
@@ -80,17 +79,16 @@ def _make_page(
     read: Callable[[np.ndarray], list[Extracted]],
 ) -> Page:
     run, table = holdings.run, holdings.table
-    rows = choose_sample(np.flatnonzero(coverage.extracted))
-    records = read(rows)
+    records = read(choose_sample(np.flatnonzero(coverage.extracted)))
     answers = [(record.answer, table.truths[record.row]) for record in records]
-    sample = Sample(rows, records, [agrees(*pair) for pair in answers])
+    sample = Sample(records, [agrees(*pair) for pair in answers])
     charts, no_charts = _draw(run, sample, paces)
     counts = count_yes_no(answers)
     return Page(
         run=run,
         summary=summary,
         stripes=count_stripes(coverage),
-        sampled=len(rows),
+        sampled=len(records),
         agreement=Counter(sample.agreement),
         yes_no=[[counts[truth, found] for found in (*YES_NO, OTHER)] for truth in YES_NO],
         warnings=find_broken(run, sample, table),
@@ -136,8 +134,9 @@ def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
     warnings: list[str] = []
     if not sample.records:
         return warnings
-    pictures = len({table.images[row] for row in sample.rows.tolist()})
-    questions = len({(table.images[row], table.questions[row]) for row in sample.rows.tolist()})
+    rows = [record.row for record in sample.records]
+    pictures = len({table.images[row] for row in rows})
+    questions = len({(table.images[row], table.questions[row]) for row in rows})
     for name, several in zip(TOKENS, (questions, pictures), strict=True):
         for index, layer in enumerate(run.layers):
             states = _states(sample, name, index)

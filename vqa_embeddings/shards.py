@@ -20,21 +20,23 @@ import h5py
 import numpy as np
 
 from vqa_embeddings.errors import one_line
-from vqa_embeddings.files import publish, publish_text, reading, sha256
+from vqa_embeddings.files import list_folder, publish, publish_text, reading, sha256
 from vqa_embeddings.hdf5 import Groups, get_dataset, new_file, open_file, open_verified, text_of
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import SHARDS_FOLDER, Run, shard_folder
 from vqa_embeddings.table import Table
 from vqa_embeddings.workers import Workers
 
-SEGMENTS = f"{SHARDS_FOLDER}/*/*.h5"
+SEGMENT_SUFFIX = ".h5"
 CHECKSUM = ".sha256"
 FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
+LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
 VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
 PIXEL_MEAN = "pixel_mean_representation"
 NO_CHECKSUM = "its checksum is not there"
-UNUSABLE = (OSError, KeyError, ValueError, RuntimeError)  # what a file raises that is not what its name says
+# What a file raises that is not what its name says.
+UNUSABLE = (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def read_segments(folder: Path, run: Run, verify: Workers | None) -> tuple[list[
     """
     segments: list[Segment] = []
     corrupt: list[Corrupt] = []
-    paths = sorted(folder.glob(SEGMENTS))
+    paths = find_segments(folder)
     reasons = verify(find_damage, paths) if verify else map(_find_no_checksum, paths)
     for path, reason in zip(paths, reasons, strict=True):
         try:
@@ -184,6 +186,12 @@ def read_segments(folder: Path, run: Run, verify: Workers | None) -> tuple[list[
         if reason is not None and path.exists():  # and not set aside or pruned by a merge at this moment
             corrupt.append(Corrupt(path, reason))
     return segments, corrupt
+
+
+def find_segments(folder: Path) -> list[Path]:
+    """The files with a segment's name below the output folder, in the order of their names. Raises as `list_folder`."""
+    shards = list_folder(folder / SHARDS_FOLDER)
+    return [path for shard in shards for path in list_folder(shard) if path.name.endswith(SEGMENT_SUFFIX)]
 
 
 def checksum_path(path: Path) -> Path:
@@ -246,8 +254,8 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
     if run.pixel_mean and records:
         shapes[PIXEL_MEAN], fields[PIXEL_MEAN] = records[0].pixel_mean.shape, "pixel_mean"
     file.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
-    _write_text(file, "question_id", [table.ids[record.row] for record in records])
-    _write_text(file, "image_id", [table.images[record.row] for record in records])
+    _write_text(file, "question_id", [_short(table.ids[record.row]) for record in records])
+    _write_text(file, "image_id", [_short(table.images[record.row]) for record in records])
     _write_text(file, "answer", [record.answer for record in records])
     for name, shape in shapes.items():
         data = np.empty((count, *shape), np.float32)
@@ -259,10 +267,15 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
 
 def _write_failed(group: h5py.Group, records: Sequence[Failed], table: Table) -> None:
     group.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
-    _write_text(group, "question_id", [table.ids[record.row] for record in records])
-    _write_text(group, "image_id", [table.images[record.row] for record in records])
+    _write_text(group, "question_id", [_short(table.ids[record.row]) for record in records])
+    _write_text(group, "image_id", [_short(table.images[record.row]) for record in records])
     _write_text(group, "error", [record.error for record in records])
-    _write_text(group, "message", [record.message for record in records])
+    _write_text(group, "message", [_short(record.message) for record in records])
+
+
+def _short(text: str) -> str:
+    """A text that is there for people to see; a row's number says where the table has it whole."""
+    return text.encode()[:LONGEST_TEXT].decode(errors="ignore")
 
 
 def _write_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:
@@ -276,7 +289,10 @@ def _read_index(path: Path, run: Run) -> Segment:
     with open_file(path) as file:
         if text_of(file.attrs["run"]) != run.key:
             raise ValueError("it belongs to another run")
-        rows, failed = get_dataset(file, "row")[:], get_dataset(file, "failed/row")[:]
+        columns = get_dataset(file, "row"), get_dataset(file, "failed/row")
+        if any(column.dtype.kind != "i" or column.ndim != 1 or len(column) > run.rows for column in columns):
+            raise ValueError("its row numbers are none")
+        rows, failed = (column[:] for column in columns)
     for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
             raise ValueError("it is about rows that the table has not")

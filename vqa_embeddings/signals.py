@@ -129,6 +129,6 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         status = 1
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # a full disk; a stream that was closed before the start is None
             stream.flush()
     os._exit(status)

@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import Refused, StorageFailed, one_line
 from vqa_embeddings.files import publish_text
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import ExtractOptions, parse_extract
@@ -121,7 +122,7 @@ class Slice:
         try:
             run, table, inside = self._known = self._known or self._read()
             coverage = look(self._options.output_dir, run, table).coverage()
-        except Refused:  # as the launch will be, and says why
+        except (Refused, StorageFailed, OSError):  # as the launch will be, and says why
             return Left()
         pending = coverage.failed if self._options.retry_failed else coverage.missing
         return Left(int(np.count_nonzero(inside & pending)), int(np.count_nonzero(inside)))
@@ -141,8 +142,9 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
         before: what was left when this run began.
     """
     fruitless = count_fruitless(_read_record(record, before) if job.restarts else 0, before, left)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(record, f"{fruitless} {left.rows}\n")
+    with suppress(StorageFailed, OSError):  # a full disk must not keep the job from going on
+        record.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(record, f"{fruitless} {left.rows}\n")
     try:
         facts = _ask_slurm(job)
         if facts.get("Restarts") != str(job.restarts):

@@ -54,5 +54,8 @@ def fail(failure: StorageFailed | OSError, world: World) -> int:
 
 def _print(sentence: str, stream: TextIO | None = None) -> None:
     """Print it at once. Where nobody can hear it, as on a full disk of logs, the work goes on all the same."""
-    with suppress(OSError):
-        print(sentence, file=stream or sys.stdout, flush=True)
+    stream = stream or sys.stdout
+    if stream is not None:  # as it is where it was closed before the start
+        encoding = stream.encoding or "utf-8"
+        with suppress(OSError):
+            print(sentence.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
