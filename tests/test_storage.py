@@ -343,12 +343,14 @@ def run_merge_on_a_full_disk(out: Path):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_part_that_waits_keeps_its_hash(out, damaged):
-    """A row of its has become missing: it is not replaced now, and its rows are taken over later."""
-    commit(out, [*(record(row) for row in range(ROWS - 1)), Failed(ROWS - 1, "PictureNotFound", "gone")])
+    """One of its rows has come since, and another one has become missing: its rows are taken over later."""
+    failed = [Failed(row, "PictureNotFound", "gone") for row in (ROWS - 2, ROWS - 1)]
+    commit(out, [*(record(row) for row in range(ROWS - 2)), *failed])
     assert merge(out).returncode == 4
     (part,) = out.glob("*.h5")
     for path in out.glob("shards/*/*.h5*"):
         path.unlink()
+    commit(out, [record(ROWS - 2)])
     assert merge(out).returncode == 3
     assert [entry["file"] for entry in coverage(out)["parts"]] == [part.name]
     if damaged:
