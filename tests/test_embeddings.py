@@ -64,6 +64,12 @@ def test_rows_of_which_there_are_several_copies(out):
     assert_all_right(out, list(range(ROWS)))
 
 
+def test_rows_of_which_a_segment_holds_some_that_an_earlier_one_has_too(out):
+    for rows in ([1, 3, 6], [0, 1, 2, 3], [3, 4, 5], [6, 7, 8, 9]):
+        commit(out, [record(row) for row in rows])
+    assert_all_right(out, list(range(10)))
+
+
 @pytest.mark.parametrize("layouts", [["grouped"], ["columnar"], ["grouped", "columnar"], ["columnar", "grouped"]])
 @pytest.mark.parametrize("prune", [False, True])
 def test_rows_in_parts_of_either_layout_with_and_without_their_segments(out, layouts, prune):
