@@ -86,11 +86,11 @@ class PictureFolder:
             )
 
     def _has_all_gone(self, number: int) -> bool:
+        if number in OF_THE_FILE:
+            return False
         if self._last is None:
             return number == errno.EIO and self._errors >= IN_A_ROW_AT_FIRST
-        if self._errors < IN_A_ROW or _can_be_read(self._last):
-            return False
-        return number not in OF_THE_FILE
+        return self._errors >= IN_A_ROW and not _can_be_read(self._last)
 
     def _find_change(self, path: Path) -> str | None:
         """The folder on the way to `path` that is gone, or lies on another device than before."""
