@@ -28,7 +28,7 @@ from test_rows import assert_equal_to_reference
 LIMIT = 20  # seconds from a signal to the end
 
 
-def until(condition: Callable[[], object], launch: subprocess.Popen, seconds: float = 120) -> None:
+def until(condition: Callable[[], object], launch: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert launch.poll() is None, "the run ended before it could be stopped"
