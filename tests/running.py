@@ -25,6 +25,8 @@ from conftest import COPIES, TERMS, begin, merge, of_copies, processes, segments
 from published_reader import read_published
 from test_rows import assert_equal_to_reference
 
+from vqa_embeddings.pace import read_paces
+
 LIMIT = 20  # seconds from a signal to the end
 
 
@@ -99,6 +101,14 @@ class Running:
 
     def until_rows_are_done(self) -> None:
         until(self.bar, self.process)
+
+    def until_all_have_begun(self, ranks: int) -> None:
+        """The bar may count rows while another rank still loads its model."""
+        until(lambda: len(read_paces(self.out)) == ranks, self.process)
+
+    def until_all_have_done_rows(self, ranks: int) -> None:
+        self.until_all_have_begun(ranks)
+        until(lambda: all(pace.done[-1] for pace in read_paces(self.out)), self.process)
 
     def ends(self, number: signal.Signals, whom: Callable[[Processes], Processes] = the_launcher) -> int:
         """The exit status after a signal to some of the processes, within the limit; then none of them is left."""

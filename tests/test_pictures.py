@@ -11,13 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import psutil
 import pytest
 from odd_pictures import bad, lay, odd
 from PIL import Image
-from running import all_end
+from running import all_end, until
 
 from vqa_embeddings import folder as folder_module
 from vqa_embeddings import images as images_module
@@ -110,11 +111,12 @@ def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_p
     openers = Openers()
     openers(tmp_path / "cat.jpg")
     hanging = the_opener(openers)
-    monkeypatch.setattr(opener_module, "OPEN_SECONDS", 1)
-    begun = time.monotonic()
-    with pytest.raises(PictureUnreadable, match="has not been opened within 1 s"):
-        openers(tmp_path / "hang.jpg")
-    assert time.monotonic() - begun < 3
+    with monkeypatch.context() as impatient:
+        impatient.setattr(opener_module, "OPEN_SECONDS", 1)
+        begun = time.monotonic()
+        with pytest.raises(PictureUnreadable, match="has not been opened within 1 s"):
+            openers(tmp_path / "hang.jpg")
+        assert time.monotonic() - begun < 3
     openers(tmp_path / "cat.jpg")
     assert all_end([hanging], 2)
 
@@ -273,11 +275,13 @@ def test_a_folder_whose_names_must_not_be_listed_is_read_by_name():
 
 
 def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_slow(monkeypatch):
-    monkeypatch.setattr(images_module, "LONGEST_WAIT", 0.5)
-    slow = read_ahead(range(4), lambda key: time.sleep(0.3) or key, 1)
-    assert [found for _, found in slow] == [0, 1, 2, 3]
+    monkeypatch.setattr(images_module, "LONGEST_WAIT", 1.5)
+    slow = read_ahead(range(6), lambda key: time.sleep(0.3) or key, 1)
+    assert [found for _, found in slow] == [0, 1, 2, 3, 4, 5]
+    over = Event()
     with pytest.raises(StorageFailed, match="no picture has come for 0 minutes, and the next would be that of 0"):
-        next(read_ahead(range(4), lambda key: time.sleep(3), 1))
+        next(read_ahead(range(4), lambda key: over.wait(60), 1))
+    over.set()
 
 
 @pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])
@@ -347,10 +351,9 @@ def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch
 
 def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    slow = "import time, PIL.Image as module; whole = module.open\n"
-    staged(
-        monkeypatch, tmp_path / "staged", slow + "module.open = lambda *a, **b: (time.sleep(1.5), whole(*a, **b))[1]"
-    )
+    slow = f"import time, PIL.Image as module; whole, begun = module.open, open({str(tmp_path / 'begun')!r}, 'a')\n"
+    slow += "module.open = lambda *a, **b: (print(file=begun, flush=True), time.sleep(1.5), whole(*a, **b))[2]"
+    staged(monkeypatch, tmp_path / "staged", slow)
     script = (
         "import sys; from pathlib import Path; import vqa_embeddings.opener as module\n"
         "openers = module.Openers(); openers(Path(sys.argv[1])); module.OPEN_SECONDS = 3; print('open', flush=True)\n"
@@ -358,7 +361,7 @@ def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch
     )
     rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
     assert rank.stdout.readline() == b"open\n"
-    time.sleep(0.5)
+    until(lambda: (tmp_path / "begun").stat().st_size == 2, rank)
     both = [rank, *rank.children()]
     assert len(both) == 2
     for process in both:

@@ -22,13 +22,14 @@ def test_one_bar_counts_the_rows_of_all_ranks_and_a_login_node_sees_them(tmp_pat
     out, rows = tmp_path / "out", 31 * COPIES
     inputs = [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
     launch = Running(command(2, *inputs, "--output-dir", out), out, tmp_path / "log")
-    until(lambda: len(read_paces(out)) == 2 and all(pace.done[-1] for pace in read_paces(out)), launch.process)
+    launch.until_all_have_done_rows(2)
+    looked_at = time.time() + 0.8 * pace_module.WRITE_SECONDS  # when the main rank has seen the other's file
     looked = merge(out, "--check")
     assert looked.returncode == 3
     together = r"^2 ranks at work, \d+\.\d rows/s over the last 5 minutes: \d+:\d\d left for"
     assert re.search(together, looked.stdout, re.M), looked.stdout
     assert len(re.findall(r"^\S+-r[01] +0 +0 +\d+ of \d+ +\d+\.\d$", looked.stdout, re.M)) == 2, looked.stdout
-    time.sleep(pace_module.WRITE_SECONDS)  # in which the main rank looks at the other's file
+    until(lambda: read_paces(out)[0].times[-1] > looked_at, launch.process)
     launch.ends(signal.SIGTERM)
     totals = set(re.findall(r" \d+/(\d+) \[", launch.shown()))
     assert totals == {str(rows)}, "one bar, over the rows of both"

@@ -34,7 +34,7 @@ from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.images import read_ahead
-from vqa_embeddings.signals import StopFlag
+from vqa_embeddings.signals import REPEAT_SECONDS, StopFlag
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -50,12 +50,22 @@ def start(out: Path, log: Path, ranks: int, *arguments: object) -> Running:
 ASKED = """
 import hashlib, os, sys, time
 from vqa_embeddings import signals
-signals.REPEAT_SECONDS = 0.5
-stop = signals.StopFlag().install(print)
+
+class Counting(signals.StopFlag):
+    heard = 0
+
+    def _hear(self, number):
+        super()._hear(number)
+        self.heard += 1
+
+signals.REPEAT_SECONDS = 600  # until all three are heard, on whatever machine
+stop = Counting().install(print)
 stop.defer()
-for _ in range(3):  # the scheduler's, and what the launcher passes on
+for number in range(3):  # the scheduler's, and what the launcher passes on
     os.kill(os.getpid(), signals.signal.{name})
-    time.sleep(0.05)
+    while stop.heard == number:
+        time.sleep(0.01)
+signals.REPEAT_SECONDS = 0
 print("asked", stop.requested(), stop.signal, stop.is_new(), stop.is_new(), flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # some minutes in which no handler of Python's is called
 """
@@ -66,7 +76,6 @@ def test_the_first_signal_asks_its_echoes_are_ignored_and_a_later_one_ends_at_on
     asked = python(ASKED.format(name=number.name))
     said = asked.stdout.readline().split()
     assert said == ["asked", "True", number.name, "True", "False"]
-    time.sleep(0.6)
     asked.send_signal(signal.SIGUSR1)
     assert asked.wait(5) == 128 + signal.SIGUSR1
     assert not asked.stderr.read()
@@ -95,16 +104,18 @@ import os, signal, sys, time
 from pathlib import Path
 from vqa_embeddings import signals
 from vqa_embeddings.files import publish
-signals.REPEAT_SECONDS = 0.1
+signals.REPEAT_SECONDS = 0
 
 def write(path):
     path.write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.3)
+    while not stop.requested():
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 
-signals.StopFlag().install(print).defer()
+stop = signals.StopFlag().install(print)
+stop.defer()
 publish(Path(sys.argv[1]), write)
 """
 
@@ -145,7 +156,7 @@ def test_neither_a_stuck_thread_nor_a_signal_in_the_last_moments_changes_how_a_r
 
 
 def test_a_picture_that_does_not_come_is_not_waited_for_after_a_request():
-    come, asked = Event(), time.monotonic() + 0.5
+    come, asked = Event(), float("inf")
 
     def stopping() -> bool:
         return time.monotonic() > asked
@@ -157,6 +168,7 @@ def test_a_picture_that_does_not_come_is_not_waited_for_after_a_request():
 
     pictures = read_ahead(["first", "stuck", "third"], prepare, 1, stopping)
     assert next(pictures) == ("first", "first")
+    asked = time.monotonic() + 0.5
     assert list(pictures) == []
     assert time.monotonic() < asked + 2
     come.set()
@@ -192,13 +204,22 @@ def stuck_picture(tmp_path) -> Iterator[Path]:
     signal.signal(signal.SIGIO, before)
 
 
+# The third row follows the second so soon that the bar would not show it before the picture that does not come.
+EVERY_ROW = """
+from vqa_embeddings import progress, signals
+progress.BAR_SECONDS = 0
+import extract_dist
+signals.run_program(extract_dist.main)
+"""
+
+
 def test_a_run_whose_pictures_do_not_come_ends_in_time_with_what_was_finished(tmp_path, checkpoint, stuck_picture):
     rows = [row for row in table_rows() if row["image_id"] in ("rocket.jpg", "hubble.jpg")]
     table = write_table(tmp_path / "vqa.csv", rows)
     inputs = [*arguments_for(table, checkpoint, stuck_picture), "--batch-size", 1, "--checkpoint-interval", 2]
-    launch = start(tmp_path / "out", tmp_path / "log", 0, *inputs)
-    until(lambda: segments(tmp_path / "out"), launch.process)
-    time.sleep(1)  # the third row is done too, and nothing is left but to wait
+    line = [sys.executable, "-c", EVERY_ROW, *map(str, inputs), "--output-dir", str(tmp_path / "out")]
+    launch = Running(line, tmp_path / "out", tmp_path / "log", PYTHONPATH=str(ROOT))
+    until(lambda: segments(tmp_path / "out") and launch.bar() == 3, launch.process)  # nothing is left but to wait
     assert launch.ends(signal.SIGTERM) == 0
     assert launch.reported() == {0: (3, 0, len(rows) - 3)}
     assert launch.committed() == {0: 3}
@@ -219,13 +240,12 @@ def test_what_was_finished_is_committed_before_the_rows_in_hand_are_done(tmp_pat
     launch = start(tmp_path / "out", tmp_path / "log", 0, *endless)
     until(lambda: launch.bar() == 3, launch.process)
     launch.process.terminate()
-    asked = time.monotonic()
-    until(lambda: segments(tmp_path / "out"), launch.process, 2)
+    until(lambda: segments(tmp_path / "out"), launch.process, 2)  # for which it has heard the request
     if last == signal.SIGTERM:
-        time.sleep(max(0.0, asked + 1.5 - time.monotonic()))
+        time.sleep(1.1 * REPEAT_SECONDS)  # or it would be an echo
         assert launch.process.poll() is None, "the rows in hand were done too soon to show anything"
     launch.process.send_signal(last)
-    assert launch.process.wait(1) == (-last if last == signal.SIGKILL else 128 + last)
+    assert launch.process.wait(5) == (-last if last == signal.SIGKILL else 128 + last)
     assert launch.committed() == {0: 3}
     assert "extracted: 3; failed: 0" in merge(tmp_path / "out").stdout
 
@@ -235,7 +255,7 @@ def test_a_run_asked_to_stop_commits_the_batch_in_hand(tmp_path, many_rows, chec
     """Alone it exits 0. Of two ranks, each is asked as by a scheduler: at once with the launcher, which asks again."""
     inputs = [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
     launch = start(tmp_path / "out", tmp_path / "log", ranks, *inputs)
-    launch.until_rows_are_done()
+    launch.until_all_have_done_rows(max(ranks, 1))
     until(lambda: all(map(listens, processes(launch.process))), launch.process)
     done = launch.bar()
     assert not segments(tmp_path / "out")
@@ -263,6 +283,7 @@ def test_term_to_accelerate_at_random_moments_loses_nothing_that_was_finished(
 def test_ranks_do_not_go_on_without_their_launcher(tmp_path, many_rows, checkpoint, ranks, number):
     """These signals end it without a word to the ranks."""
     launch = start(tmp_path / "out", tmp_path / "log", ranks, *arguments_for(many_rows, checkpoint), "--batch-size", 1)
+    launch.until_all_have_begun(ranks)
     launch.until_rows_are_done()
     done, started = launch.bar(), processes(launch.process)
     launch.process.send_signal(number)

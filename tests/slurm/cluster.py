@@ -109,11 +109,11 @@ class Cluster:
             munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket}"]
             munged += [f"--{name}-file={self.folder}/munged.{name}" for name in ("pid", "log", "seed")]
             self._serve(LOGIN, "munged", munged)
-            until(socket.exists, 10, "munged's socket")
+            until(socket.exists, 60, "munged's socket")
             self._serve(LOGIN, "slurmctld", ["slurmctld", "-D"])
             for node in NODES:
                 self.power_on(node)
-            until(lambda: self.sinfo().count("idle") == len(NODES), 60, "three idle nodes")
+            until(lambda: self.sinfo().count("idle") == len(NODES), 300, "three idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -213,7 +213,7 @@ class Cluster:
         ]
         with open(self.folder / "hosts.out", "ab") as out:
             starter = subprocess.Popen(line, stdout=out, stderr=out, env=self._environment)
-        until((self.folder / f"up-{name}").exists, 10, f"host {name}")
+        until((self.folder / f"up-{name}").exists, 60, f"host {name}")
         first = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text())
         self._hosts[name] = Host(name, starter, first)
         if name == LOGIN:
