@@ -89,7 +89,7 @@ class Phi4:
         crops, mask = made["image_pixel_values"][0], made["image_attention_mask"][0]
         height, width = made["image_sizes"][0].tolist()
         mean = crops.float().mean(dim=(0, 1, 2)).numpy()
-        return Pixels(crops, mask, (height, width), int(made["num_img_tokens"][0]), mean)
+        return Pixels(crops.to(self.vision.dtype), mask, (height, width), int(made["num_img_tokens"][0]), mean)
 
     @torch.inference_mode()
     def pictures(self, pixels: Sequence[Pixels]) -> list[Picture]:

@@ -27,7 +27,7 @@ PATCHES_AT_ONCE = {"cuda": 32_768, "cpu": 8192}
 class Pixels:
     """A picture as the library's image processor makes it."""
 
-    crops: Tensor  # [crops, 3, 448, 448]: the global view, then the real crops, none of them padding
+    crops: Tensor  # [crops, 3, 448, 448] in the model's format: the global view, then the real crops, none padding
     mask: Tensor  # [crops, 32, 32], 1 where a patch shows the picture
     size: tuple[int, int]  # height and width of the crops laid out, pixels
     tokens: int  # how many image tokens stand for the picture in the prompt
@@ -64,7 +64,7 @@ class Vision:
         self._embeddings = tower.embeddings
         self._embed = image_embed
         self._device: torch.device = image_embed.img_projection_up.weight.device
-        self._dtype: torch.dtype = tower.embeddings.patch_embedding.weight.dtype
+        self.dtype: torch.dtype = tower.embeddings.patch_embedding.weight.dtype
         self._heads: int = config.num_attention_heads
         self._crop: int = config.crop_size
         self._side: int = config.image_size // config.patch_size
@@ -94,8 +94,9 @@ class Vision:
         made = []
         for first in range(0, len(crops), limit):
             chunk = slice(first, first + limit)
-            pixels, mask = send(crops[chunk], self._device), send(masks[chunk], self._device)
-            embedded = self._embeddings(pixel_values=pixels.to(self._dtype), patch_attention_mask=mask)
+            pixels, positions = send(crops[chunk], self._device), send(patch_positions(masks[chunk]), self._device)
+            patches = self._embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+            embedded = patches + self._embeddings.position_embedding(positions)
             made.append(self._encode(embedded.flatten(0, 1), masks[chunk].flatten(1), needed[chunk].flatten(1)))
         return torch.cat(made)
 
@@ -157,6 +158,22 @@ class Vision:
         cell_means = features[send(pooled, self._device)].mean(dim=1)
         laid = torch.cat([cell_means, *separators])[send(order, self._device)]
         return module.img_projection_down(nn.functional.gelu(module.img_projection_up(laid)))
+
+
+def patch_positions(mask: Tensor) -> Tensor:
+    """Which of SigLIP's learned positions each patch has, int64 [crops, side * side]: a small crop's are spread evenly.
+
+    In whole numbers: the library's fractions, rounded to bfloat16 up to transformers 5.17, fall into the wrong place
+    where a crop shows 17, 19, 21, 27, 29 or 31 patches a side.
+
+    Args:
+        mask: bool [crops, side, side], in each crop a rectangle from its first patch on.
+    """
+    side = mask.shape[-1]
+    counts = mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)
+    rows, columns = (torch.arange(side) * side // count.clamp(min=1)[:, None] for count in counts)
+    positions = rows[:, :, None] * side + columns[:, None]
+    return positions.masked_fill(~mask, 0).flatten(1)
 
 
 def needed_patches(mask: Tensor) -> Tensor:
