@@ -43,7 +43,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     """Do what this rank has to do: plan, load, loop, report."""
     from vqa_embeddings.briefing import say_plan
     from vqa_embeddings.checkpoint import find_checkpoint
-    from vqa_embeddings.compute import choose_attention, choose_dtype, find_device
+    from vqa_embeddings.compute import choose_attention, choose_dtype, choose_workers, find_device
     from vqa_embeddings.demo import NOTICE, demo_options
     from vqa_embeddings.launch import describe_run, read_input, start
     from vqa_embeddings.options import MODEL
@@ -85,7 +85,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         keep_rows(options.output_dir, write_rows)
     stop.defer()
     stages = Stages()
-    settings = options.batch_size, options.num_workers
+    settings = options.batch_size, choose_workers(options.num_workers, device)
     records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
@@ -100,6 +100,8 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     finally:
         left = len(launch.rows) - shard.committed
         done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
+        for note, times in stages.notes.items():
+            say_for_rank(world, f"{note} ({times} times)" if times > 1 else note)
         say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
     if left and stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")

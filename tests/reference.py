@@ -27,7 +27,8 @@ class Expected:
 
 class Reference:
     def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
-        torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32 in convolutions too
+        # Float32 is to be float32, in products and in convolutions: containers may have switched TF32 on.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.device = device
         self.processor = Phi4MultimodalProcessor.from_pretrained(checkpoint)
         self.model = Phi4MultimodalForCausalLM.from_pretrained(

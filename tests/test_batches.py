@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import numpy as np
@@ -25,8 +24,9 @@ from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.stages import Stages
-from vqa_embeddings.steps import Steps
 from vqa_embeddings.vision import needed_patches
+
+PAGES_OF_A_SMALLER_ONE = 3
 
 
 @pytest.fixture(scope="module")
@@ -69,45 +69,10 @@ def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(mod
     assert len(steps) < len(by_picture) * 2 * (TOKENS - 1) / 2
 
 
-def test_steps_by_captured_graphs_choose_the_same_tokens(model, by_picture, expected, monkeypatch):
-    """The graphs are a stand-in that computes what was captured again; that of CUDA runs in tests/gpu/check.sh."""
-    captured, replays = [], []
-    advance = Batch._advance
-
-    class Graph:
-        def replay(self):
-            replays.append(self)
-            advance(*self.work)
-
-        def pool(self):
-            return 1
-
-    @contextlib.contextmanager
-    def capture(graph, pool):
-        yield
-
-    def record(self, step, width):
-        if captured and not hasattr(captured[-1], "work"):
-            captured[-1].work = self, step, width  # a capture computes nothing
-        else:
-            advance(self, step, width)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: captured.append(Graph()) or captured[-1])
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(Batch, "_advance", record)
-    begin = Steps.__init__
-
-    def begin_capturing(self, *given):
-        begin(self, *given)
-        self.captures = True
-
-    monkeypatch.setattr(Steps, "__init__", begin_capturing)
-    for row, found in ask_rows(model, 3 * list(by_picture.items()), 5):
-        assert_equals(model, found, expected[row["question_id"]])
-    assert 1 <= len(captured) < len(replays) / 10, "a graph was to serve many steps, and rows of several pictures"
-
-
-def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch, error):
     """As a GPU would: while seeing a picture, and wherever more than three rows are computed together."""
     failures = []
     read_rows = model.decoder.read_rows
@@ -115,7 +80,7 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_pict
     def too_many(cache, company, pages, first, tokens, *rest):
         if len(tokens) > 3 and (tokens.shape[1] == 1 or len(failures) > 1):
             failures.append(len(tokens))
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return read_rows(cache, company, pages, first, tokens, *rest)
 
     seen = model.pictures
@@ -123,7 +88,7 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_pict
     def too_many_seen(pixels):
         if not failures:
             failures.append(0)
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return seen(pixels)
 
     monkeypatch.setattr(model.decoder, "read_rows", too_many)
@@ -197,12 +162,44 @@ def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeyp
     widths: list[int] = []
     begin = Batch.__init__
     monkeypatch.setattr(
-        Batch, "__init__", lambda self, decoder, size: widths.append(size.width) or begin(self, decoder, size)
+        Batch,
+        "__init__",
+        lambda self, *given: widths.append(given[1].width) or begin(self, *given),
     )
     for found, wanted in zip(ask(model, [(picture, questions)], 3), alone, strict=True):
         assert found.answer == wanted.answer
         assert relative_difference(found, wanted) < TOLERANCE
     assert widths[0] == widths[-1] < max(widths), "the rows after the wide one were to have a usual batch again"
+
+
+def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model, monkeypatch):
+    """It shows where the cache for them is made, and again with half of it."""
+    picture = open_picture(DATA / "cat.jpg")
+    wide = "Tell me " + "very " * 700 + "much about it."
+    questions = ["Why?", wide, wide, wide, "Where is it?"]
+    wanted = ask(model, [(picture, questions)])
+    sizes, make = [], Batch
+
+    def scant(decoder, size):
+        sizes.append(size)
+        if size.width > 1000 and size.seats > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(decoder, size)
+
+    monkeypatch.setattr(extract_room, "Batch", scant)
+    stages = Stages()
+    flight = Flight(model, questions, iter([(list(range(5)), model.pixels(picture))]), None, stages)
+    found = []
+    while not flight.over:
+        found += flight.advance()
+    for one, two in zip(sorted(found, key=lambda record: record.row), wanted, strict=True):
+        assert one.answer == two.answer
+    usual, wide_ones = ([size for size in sizes if (size.width > 1000) == wide] for wide in (False, True))
+    assert len(usual) == 2 and usual[0].seats == usual[1].seats, "before and after the long ones, of the same size"
+    seats, pages = [size.seats for size in wide_ones], [size.pages for size in wide_ones]
+    assert seats[-1] <= 8 < seats[0] and seats == sorted(seats, reverse=True)
+    assert pages[-1] < pages[0]
+    assert any(f"{seats[-1]} rows with long questions at most" in note for note in stages.notes)
 
 
 def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larger_one(
@@ -212,7 +209,7 @@ def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larg
     sizes = []
 
     def scant(device, key_bytes, width, keys, seats, share):
-        sizes.append(CacheSize(max(9, -(-keys // PAGE)), 8, width))
+        sizes.append(CacheSize(max(PAGES_OF_A_SMALLER_ONE, -(-keys // PAGE)), 8, width))
         return sizes[-1]
 
     monkeypatch.setattr(extract_room, "size_cache", scant)

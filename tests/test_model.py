@@ -16,12 +16,14 @@ from tokenizers import AddedToken, Tokenizer
 from vqa_embeddings.batch import Batch
 from vqa_embeddings.cache import CacheSize
 from vqa_embeddings.checkpoint import find_checkpoint
+from vqa_embeddings.decoder import NOT_FINITE
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.extract import Flight, checked
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.phi4 import Phi4, _without_added_tokens
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.stages import Stages
+from vqa_embeddings.vision import patch_positions
 from vqa_embeddings.weights import load_model
 
 TOLERANCE = 1e-4
@@ -206,6 +208,82 @@ def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
     assert isinstance(record, Failed)
     assert (record.row, record.error) == (found.row, "NonFiniteValues")
     assert "query_token_representation/layer_4" in record.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_token_is_chosen_where_a_logit_is_not_finite(model, dtype, value):
+    """Wherever it is, also at a token that is never chosen; the rows beside it have theirs."""
+    logits = torch.randn(4, model.decoder.embed.num_embeddings).to(dtype)
+    wanted = logits.index_fill(1, model.decoder.never, -torch.inf).argmax(dim=-1)
+    for place in (0, 17, int(model.decoder.never[0])):
+        broken = logits.clone()
+        broken[2, place] = value
+        found = model.decoder._choose(broken)
+        assert found.tolist() == [*wanted[:2].tolist(), NOT_FINITE, int(wanted[3])]
+
+
+def test_logits_that_are_not_finite_fail_their_row_at_that_token_and_no_other(model, monkeypatch):
+    """A token that one row alone writes, amid its answer, is read as NaN; the others have the same bits as without."""
+    pictures = [open_picture(DATA / name) for name in ("cat.jpg", "rocket.jpg")]
+    asked = [(picture, ["Why?", "Where is it?", "How many are there?"]) for picture in pictures]
+    written: dict[int, list[int]] = {}
+    text, embed = model.text, model.decoder.embed
+    monkeypatch.setattr(model, "text", lambda tokens: (written.setdefault(len(written), list(tokens)), text(tokens))[1])
+    sound = ask(model, asked)
+    answers = {text(tokens): tokens for tokens in written.values()}
+    row, token = next(
+        (record.row, token)
+        for record in sound
+        for token in answers[record.answer][1:-1]
+        if sum(token in answers[other.answer] for other in sound) == 1
+    )
+    place = answers[sound[row].answer].index(token)
+
+    def not_finite(tokens):
+        return embed(tokens).masked_fill((tokens == token)[..., None], torch.nan)
+
+    monkeypatch.setattr(model.decoder, "embed", not_finite)
+    for found, wanted in zip(ask(model, asked), sound, strict=True):
+        if found.row == row:
+            assert (type(found), found.error) == (Failed, "NonFiniteValues")
+            assert f"the logits of token {place + 2} of the answer" in found.message
+        else:
+            assert found.answer == wanted.answer
+            for name in ("vision_only", "vision_token", "query_token"):
+                assert np.array_equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_a_patch_has_the_position_that_the_library_gives_it_in_float32():
+    """Of crops of every height and width. In bfloat16 transformers 5.17 rounds some of them into the wrong place."""
+    from transformers.models.phi4_multimodal.modeling_phi4_multimodal import (
+        Phi4MultimodalVisionConfig,
+        Phi4MultimodalVisionEmbeddings,
+    )
+
+    config = Phi4MultimodalVisionConfig(hidden_size=2, intermediate_size=2, num_attention_heads=1)
+    library, side, seen = Phi4MultimodalVisionEmbeddings(config), 32, []
+    library.position_embedding.register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    heights, widths = torch.meshgrid(torch.arange(1, side + 1), torch.arange(1, side + 1), indexing="ij")
+    rows = torch.arange(side)[None] < heights.reshape(-1, 1)
+    columns = torch.arange(side)[None] < widths.reshape(-1, 1)
+    masks = rows[:, :, None] & columns[:, None]
+    for some in masks.split(128):
+        with torch.inference_mode():
+            library(torch.zeros(len(some), 3, config.crop_size, config.crop_size), some)
+        assert torch.equal(patch_positions(some), seen.pop())
+
+
+@pytest.mark.parametrize("size", [(640, 426), (448, 448), (300, 290)])
+def test_a_picture_is_seen_alike_in_every_number_format(model, checkpoint, size):
+    """Its crops show 19 or 29 rows of patches, among others: a wrong position is an error of another size."""
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    [wanted] = model.pictures([model.pixels(picture)])
+    narrow = load(checkpoint, dtype="bfloat16")
+    pixels = narrow.pixels(picture)
+    assert pixels.crops.dtype == torch.bfloat16
+    [seen] = narrow.pictures([pixels])
+    assert relative_error(seen.vision_only.numpy(), wanted.vision_only.numpy()) < 0.02
 
 
 def test_flash_attention_is_told_what_it_must_not_see(checkpoint, expected, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.cache import PAGE, CacheSize, Prefix, arrange
-from vqa_embeddings.compute import free_memory, send
+from vqa_embeddings.compute import free_memory, receive, send
 from vqa_embeddings.decoder import Decoder
 from vqa_embeddings.steps import Step, Steps
 
@@ -19,7 +19,7 @@ WIDTH_STEP = 64  # how many keys of the seats are read is rounded up to these, s
 SCORES_AT_ONCE = 1 << 27  # of a pass over questions, in float32: half a GiB
 MOST_SEATS = {"cuda": 256, "cpu": 64}  # with more, a row's share of a step is hardly less
 SEATS_SHARE, PAGES_SHARE = {"cuda": 0.2, "cpu": 0.05}, {"cuda": 0.5, "cpu": 0.15}  # of the free memory
-PICTURE_PAGES = 48  # of the largest picture, about; more than so many for each seat are not used
+PICTURE_KEYS = 6144  # of the largest picture, about; pages for more than so many keys a seat are not used
 
 
 def size_cache(
@@ -37,7 +37,7 @@ def size_cache(
     width = -(-width // WIDTH_STEP) * WIDTH_STEP
     fitting = int(free * SEATS_SHARE[kind]) // (width * key_bytes)
     seats = seats or max(1, min(fitting, MOST_SEATS[kind]))
-    pages = min(int(free * PAGES_SHARE[kind]) // (PAGE * key_bytes), seats * PICTURE_PAGES)
+    pages = min(int(free * PAGES_SHARE[kind]) // (PAGE * key_bytes), seats * PICTURE_KEYS // PAGE)
     return CacheSize(pages=max(pages, -(-keys // PAGE)), seats=seats, width=width)
 
 
@@ -48,7 +48,8 @@ class Seated:
     prefix: Prefix
     tokens: list[int]  # that follow the picture: the question, and what was written before the row sat down
     kept: int = 0  # keys in its seat
-    newest: int = -1  # the token chosen last, whose keys are not there yet
+    reached: int = 0  # how far its seat was written to: behind its keys lies the padding of its question
+    newest: int = 0  # the token chosen last, whose keys are not there yet; NOT_FINITE where there was none to choose
     states: np.ndarray = field(default_factory=lambda: np.empty(0))  # float32 [layers, hidden], at the last of `tokens`
 
 
@@ -60,7 +61,7 @@ class Batch:
         self.rows: list[Seated] = []
         self._decoder = decoder
         self._cache = decoder.new_cache(size)
-        self._steps = Steps(self._advance, decoder.device)
+        self._steps = Steps(decoder.device)
         self._step: Step | None = None  # what the next step computes on, None where the rows have changed
 
     @property
@@ -80,24 +81,41 @@ class Batch:
         """Free the pages of a picture that no row is on."""
         self._cache.give_pages(prefix.pages)
 
-    def seat(self, rows: Sequence[Seated]) -> None:
-        """Read the rows' questions and choose the first token of each answer; there must be room."""
-        first = len(self.rows)
+    def seat(self, rows: Sequence[Seated], beside: Sequence[Tensor] = ()) -> list[np.ndarray]:
+        """Read the rows' questions and choose the first token of each answer; there must be room.
+
+        Args:
+            beside: other tensors, float32, that are wanted on the host, so that it waits only once.
+        Returns:
+            What lies in `beside`.
+        """
+        first, made = len(self.rows), []
         self._cache.clear_seats(first, len(rows))
         for some in _passes(rows, self._decoder.heads):
-            self._read_questions(some, first)
+            made.append(self._read_questions(some, first))
             first += len(some)
+        chosen, states = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+        chosen, states, *others = receive(chosen, states, *beside)
+        for row, token, state in zip(rows, chosen.tolist(), states.numpy(), strict=True):
+            row.kept, row.newest, row.states = len(row.tokens), token, state
         self.rows += rows
         self._step = None
+        return [other.numpy() for other in others]
 
     def step(self) -> None:
         """Choose the next token of every row."""
         if self._step is None:
             self._step = self._arrange()
-        chosen = self._steps.run(self._step, self._width(1 + max(row.kept for row in self.rows)))
+        chosen = self._steps.run(self._advance, self._step, self._width(1 + max(row.kept for row in self.rows)))
         for row, token in zip(self.rows, chosen, strict=False):  # what is chosen beyond the rows is padding
             row.kept += 1
+            row.reached = max(row.reached, row.kept)
             row.newest = token
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the steps since this was asked last."""
+        notes, self._steps.notes = self._steps.notes, []
+        return notes
 
     def leave(self, leaving: Sequence[Seated]) -> None:
         """Let rows go. The last ones take their seats."""
@@ -105,17 +123,23 @@ class Batch:
             seat, last = self.rows.index(row), self.rows.pop()
             if last is not row:
                 # As far as the one who leaves had come, too: what it left behind need not be finite.
-                self._cache.move_seat(len(self.rows), seat, max(last.kept, row.kept) + 1)
+                self._cache.move_seat(len(self.rows), seat, max(last.reached, row.reached))
                 self.rows[seat] = last
         self._step = None
 
-    def _read_questions(self, rows: Sequence[Seated], first: int) -> None:
-        """One pass over the questions of rows, or several over parts of it where one question is very long."""
+    def _read_questions(self, rows: Sequence[Seated], first: int) -> tuple[Tensor, Tensor]:
+        """One pass over the questions of rows, or several over parts of it where one question is very long.
+
+        Returns:
+            What `Decoder.read_rows` gives at the end of the questions.
+        """
         device = self._decoder.device
         company, pages = arrange([row.prefix for row in rows])
         company, where = company.to(device), send(torch.tensor(pages), device)
         longest = max(len(row.tokens) for row in rows)
         limit = longest if len(rows) > 1 else max(1, SCORES_AT_ONCE // _scores(rows, self._decoder.heads, 1))
+        for row in rows:
+            row.reached = longest
         for start in range(0, longest, limit):
             part = [row.tokens[start : start + limit] for row in rows]
             length = max(map(len, part))
@@ -123,9 +147,8 @@ class Batch:
             starts = torch.full((len(rows),), start, device=device)
             ends = send(torch.tensor([len(tokens) - 1 for tokens in part]), device)
             width = self._width(start + length)
-            logits, states = self._decoder.read_rows(self._cache, company, where, first, tokens, starts, ends, width)
-        for row, token, state in zip(rows, logits.argmax(dim=-1).tolist(), states.cpu().numpy(), strict=True):
-            row.kept, row.newest, row.states = len(row.tokens), token, state
+            made = self._decoder.read_rows(self._cache, company, where, first, tokens, starts, ends, width)
+        return made
 
     def _arrange(self) -> Step:
         """What a step computes on, from the rows as they sit now."""
@@ -143,10 +166,10 @@ class Batch:
     def _advance(self, step: Step, width: int) -> None:
         """Read the newest token of every row, and choose the next, in place."""
         pages, first = len(step.company.unseen), torch.zeros_like(step.kept)
-        logits, _ = self._decoder.read_rows(
+        chosen, _ = self._decoder.read_rows(
             self._cache, step.company, pages, 0, step.newest[:, None], step.kept, first, width
         )
-        step.newest.copy_(logits.argmax(dim=-1))
+        step.newest.copy_(chosen)
         step.kept.add_(1)
 
     def _width(self, keys: int) -> int:

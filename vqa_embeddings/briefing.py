@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vqa_embeddings.compute import Choice, Device
+from vqa_embeddings.compute import Choice, Device, count_processes
 from vqa_embeddings.errors import RowFailed
 from vqa_embeddings.folder import PictureFolder, locate
 from vqa_embeddings.launch import Launch
@@ -21,6 +21,7 @@ from vqa_embeddings.table import Table
 from vqa_embeddings.voice import say
 from vqa_embeddings.world import World
 
+GIB = 1 << 30
 LOOKED_FOR = 20  # pictures that are looked for beforehand: a wrong folder lacks them all
 
 
@@ -58,6 +59,8 @@ def brief(
     )
     yield f"model: {run.model} ({run.layout} layout, vision LoRA {run.lora}), layers {', '.join(map(str, run.layers))}"
     yield f"device: {device.description}{describe_devices(device)}"
+    if device.memory:
+        yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
     yield f"numbers: {dtype.value} ({dtype.reason}); attention: {attention.value} ({attention.reason})"
     shortage = find_shortage(free, to_write, parts)
     if shortage:
@@ -92,6 +95,12 @@ def describe_devices(device: Device) -> str:
     if device.kind == "cpu":
         return ""
     return f" as {device.name}; {device.count} here, each rank of a node takes the next"
+
+
+def describe_memory(total: int, processes: int) -> str:
+    """How much of a GPU's memory, bytes, each of the processes on it may take."""
+    each = f", {total / processes / GIB:.1f} for each of {processes} processes on it" if processes > 1 else ""
+    return f"{total / GIB:.1f} GiB on the GPU{each}"
 
 
 def find_absent(folder: PictureFolder, table: Table, launch: Launch) -> str | None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqa_embeddings import __version__
+from vqa_embeddings.claims import Claim, claims_folder
 from vqa_embeddings.errors import Refused, one_line
 
 if TYPE_CHECKING:
     import torch
+
+
+WORKERS = {"cuda": 4, "cpu": 2}  # a GPU sees a picture in the time that one of them prepares it
+
+_claims: dict[str, Claim] = {}  # this process's, by the GPU's name here; it has them as it has a current device
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Device:
     bfloat16: bool
     no_flash: str  # why flash-attn cannot run on it; empty where it can
     count: int = 0  # GPUs that this process sees
+    memory: int = 0  # bytes of the GPU; 0 where it does not say
 
     @property
     def kind(self) -> str:
@@ -40,17 +49,48 @@ class Choice:
 
 
 def find_device(local_rank: int) -> Device:
-    """The GPU of this rank, shared where there are fewer than ranks on this node, or the CPU."""
+    """The GPU of this rank, shared where there are fewer than ranks on this node, or the CPU.
+
+    The GPU becomes this process's current device before anything happens on one: what names no device, such as the
+    stream of a graph's capture, is on the current one, and would else be on the first GPU of the node.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
     index = local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(torch.device("cuda", index))
+    memory = _claim(index)
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     recent = capability >= (8, 0)
     no_flash = "" if recent else f"flash-attn needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
     no_flash = no_flash or _no_flash_package()
-    return Device(f"cuda:{index}", name, recent, no_flash, torch.cuda.device_count())
+    return Device(f"cuda:{index}", name, recent, no_flash, torch.cuda.device_count(), memory)
+
+
+def _claim(index: int) -> int:
+    """Let the other processes on a GPU know of this one, for as long as it lives. Where that fails, none is known.
+
+    Returns:
+        The memory of the GPU, bytes.
+    """
+    import torch
+
+    name, memory = f"cuda:{index}", 0
+    with suppress(OSError, RuntimeError, AttributeError):  # no room for a file; a driver or torch without these names
+        properties = torch.cuda.get_device_properties(index)
+        memory = int(properties.total_memory)
+        if name not in _claims:
+            _claims[name] = Claim(claims_folder(), str(properties.uuid))
+    return memory
+
+
+def count_processes(name: str) -> int:
+    """How many processes are known to compute on the GPU of this name here, this one included."""
+    with suppress(OSError):  # a folder that cannot be listed tells of nobody
+        if name in _claims:
+            return _claims[name].count()
+    return 1
 
 
 def _no_flash_package() -> str:
@@ -98,23 +138,88 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
 
 
+def choose_workers(asked: int | None, device: Device) -> int:
+    """How many pictures are opened at a time: as many as keep the device from waiting for them."""
+    return asked if asked is not None else WORKERS[device.kind]
+
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device, without waiting for what that is doing. On the CPU it is the tensor itself."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def receive(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copy tensors of one device to the host, for which it waits once. On the CPU they are themselves.
+
+    Args:
+        tensors: those of the widest numbers first, so that each lies where its numbers may begin.
+    """
+    return list(tensors) if tensors[0].device.type == "cpu" else in_one_piece(tensors)
+
+
+def in_one_piece(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors on the host, parts of one piece of memory."""
+    import torch
+
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    pieces = torch.cat(flat).cpu().split([len(piece) for piece in flat])
+    return [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory lacks: CUDA and its libraries say so by other classes than torch."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "_ALLOC_FAILED" in said
+
+
+def leave_capture(device: torch.device) -> None:
+    """Compute on the device's usual stream again: a capture that fails leaves the process on the stream of its own."""
+    import torch
+
+    with suppress(RuntimeError):  # where even that fails, so will the next step, which says why
+        torch.cuda.set_stream(torch.cuda.default_stream(device))
+
+
+def keep_float32() -> None:
+    """Let float32 be float32 in products and convolutions on a GPU, whatever the environment says of TF32.
+
+    TF32 has 10 bits of a number's 23, and containers switch it on: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def free_memory(device: torch.device) -> int:
-    """Memory that is free for this process on its device, bytes."""
+    """Memory that this process may still take on its device, bytes: of a GPU its share, where several compute there."""
     import torch
 
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what was freed and is still held counts as free
-        return int(torch.cuda.mem_get_info(device)[0])
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        # What torch keeps in reserve it can use again: after a capture that failed it gives nothing back any more.
+        free += max(0, torch.cuda.memory_reserved(device) - used)
+        return fair_share(free, total, used, count_processes(str(device)))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def fair_share(free: int, total: int, held: int, processes: int) -> int:
+    """What a process may take of a GPU's memory, bytes, without taking what others on it are about to.
+
+    Args:
+        free, total: memory of the GPU.
+        held: what this process has taken already, for the weights.
+        processes: on this GPU, this one included; alone, it may take all that is free.
+    """
+    return free if processes == 1 else max(0, min(free, total // processes - held))
 
 
 def versions() -> dict[str, str]:

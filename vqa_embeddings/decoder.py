@@ -13,6 +13,8 @@ from vqa_embeddings.attention import attend, attend_some, gather, join
 from vqa_embeddings.cache import Cache, CacheSize, Company
 from vqa_embeddings.compute import send
 
+NOT_FINITE = -1  # stands for a token where there is none to choose
+
 
 class Decoder:
     """The library's decoder layers, norm and head; what is computed beyond the last kept position is left out.
@@ -88,12 +90,12 @@ class Decoder:
             ends: int64 [rows], where in `tokens` each row's last one is.
             width: how many keys of the seats are read: none holds more afterwards.
         Returns:
-            Logits of each row's last token, float32 [rows, vocabulary], and its states, float32 [rows, kept layers,
-            hidden].
+            The token that follows each row's last, int64 [rows], NOT_FINITE where a logit is NaN or infinite; and the
+            states of the last, float32 [rows, kept layers, hidden].
         """
         rows = torch.arange(len(tokens), device=self.device)
         own = starts[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        hidden, states = self.embed(tokens), []
+        hidden, states = self.embed(tokens.clamp(min=0)), []  # a seat without a row may hold a NOT_FINITE
         angles = self.rotary(hidden, company.length[:, None] + own, company.long)
         for index, layer in enumerate(self._layers):
             queries, keys, values = self._project(layer, hidden, angles)
@@ -110,9 +112,20 @@ class Decoder:
             hidden = self._finish(layer, hidden, mixed)
             if index in self._kept:
                 states.append((self._norm(hidden) if last else hidden)[rows, ends])
-        logits = self._head(self._norm(hidden[:, 0])).float()
-        logits.index_fill_(1, self.never, -torch.inf)
-        return logits, torch.stack(states, dim=1).float()
+        return self._choose(self._head(self._norm(hidden[:, 0]))), torch.stack(states, dim=1).float()
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The likeliest token of each row that may be chosen, int64 [rows]; by the lowest number where two are.
+
+        Where not all logits are finite, NOT_FINITE: the likeliest of them would be the vocabulary's first token, and
+        an answer of it looks like any other.
+
+        Args:
+            logits: [rows, vocabulary]; changed.
+        """
+        least, most = logits.aminmax(dim=-1)  # both NaN where one of them is
+        chosen = logits.index_fill_(1, self.never, -torch.inf).argmax(dim=-1)
+        return chosen.masked_fill_(~(least.isfinite() & most.isfinite()), NOT_FINITE)
 
     def _attend(
         self, module: Any, cache: Cache, layer: int, company: Company, pages: Tensor | int, first: int, queries: Tensor,

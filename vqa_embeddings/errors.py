@@ -43,7 +43,7 @@ class PromptTooLong(RowFailed):
 
 
 class NonFiniteValues(RowFailed):
-    """A vector of the row holds a NaN or an infinity."""
+    """A vector of the row, or the logits of a token of its answer, hold a NaN or an infinity."""
 
 
 def one_line(error: object) -> str:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.batch import Batch, Seated, size_cache
-from vqa_embeddings.cache import Prefix
+from vqa_embeddings.cache import CacheSize, Prefix
+from vqa_embeddings.compute import is_out_of_memory
+from vqa_embeddings.decoder import NOT_FINITE
 from vqa_embeddings.errors import NonFiniteValues, RowFailed, StorageFailed
 from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture, read_ahead
@@ -27,6 +29,7 @@ from vqa_embeddings.vision import PATCHES_AT_ONCE, Pixels
 Record = Extracted | Failed
 
 GRACE_SECONDS = 10.0  # for the rows under way, after a request to stop; schedulers mostly kill after 30 or 60
+OTHER_FORMAT = "try --dtype bfloat16 or float32 in another --output-dir"
 USUAL_QUESTION = 256  # tokens of a row's own that its seat has room for beside the answer; longer ones are rare
 
 
@@ -46,7 +49,8 @@ def extract(
         rows: positions in the table, the questions on one picture one after another.
         batch_size: how many rows are answered together; None leaves it to the free memory.
         workers: how many threads read pictures ahead of the model.
-        stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end.
+        stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end; what would
+            have to begin again, for want of memory or under the long rotary factors, is left to another run.
         stages: takes the time of what is done.
     Yields:
         The records that one unit of work has finished, often none.
@@ -86,6 +90,9 @@ class _Shown:
     picture: Picture
     left: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})  # rows that are not done
     cached: dict[bool, tuple[Prefix, Tensor]] = field(default_factory=dict)  # with the states at its last token
+    # On the host, from when its first rows sit down:
+    vision_token: dict[bool, np.ndarray] = field(default_factory=dict)  # those states, float32 [layers, hidden]
+    vision_only: np.ndarray | None = None  # float32 [vision]
 
 
 @dataclass(eq=False)
@@ -98,7 +105,7 @@ class _Row:
     long: bool
     written: list[int] = field(default_factory=list)
     seat: Seated | None = None
-    vision_token: np.ndarray | None = None  # float32 [layers, hidden]
+    vision_token: np.ndarray | None = None  # float32 [layers, hidden], of its picture under its prompt's factors
     query_token: np.ndarray | None = None  # float32 [layers, hidden]
 
 
@@ -122,15 +129,18 @@ class Flight:
         self._model = model
         self._questions = questions
         self._pictures: Iterator[tuple[list[int], Pixels | RowFailed]] | None = pictures
-        self._seats = batch_size
-        self._share = 1.0  # of the memory that a batch usually takes
+        # The most rows in the batch, by whether it is one for wide rows; None leaves it to the memory.
+        self._most: dict[bool, int | None] = {False: batch_size, True: batch_size}
+        self._share = {False: 1.0, True: 1.0}  # of the memory that such a batch usually takes
         self._stages = stages
         self._taken: list[tuple[list[int], Pixels]] = []  # that the vision tower is to see next
         self._waiting: deque[_Row] = deque()  # their pictures seen, in the order in which they sit down
         self._ready: list[_Row] = []  # the first of them, their pictures in the cache too
         self._seated: list[_Row] = []
         self._filling = True
-        self._batch = self._new_batch()
+        self._wide = False  # whether the batch is one for wide rows
+        self._size = self._find_size()  # of the batch
+        self._made: Batch | None = None  # the batch; none at first, and while its memory is to be found
 
     @property
     def under_way(self) -> bool:
@@ -156,18 +166,26 @@ class Flight:
             The records of the rows that it finished.
         """
         try:
+            if self._made is None:
+                self._made = Batch(self._model.decoder, self._size)
+                return []
             return self._refill() if begin and self._wants_rows() else self._step()
-        except torch.OutOfMemoryError:
-            if self._batch.size.seats == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self._size.seats == 1:
                 raise
         self._halve()  # here, where the error no longer holds on to the memory
         return []
+
+    @property
+    def _batch(self) -> Batch:
+        assert self._made is not None
+        return self._made
 
     def _wants_rows(self) -> bool:
         """Rows sit down many at a time: a GPU takes as long for a few questions as for many."""
         if not self._to_come:
             return False
-        free, seats = self._batch.free, self._batch.size.seats
+        free, seats = self._batch.free, self._size.seats
         self._filling = not self._seated or (free > 0 if self._filling else free >= max(1, seats // 4))
         return self._filling
 
@@ -186,7 +204,7 @@ class Flight:
         if self._seated:  # the next row has to wait until others have left
             self._filling = False
             return self._step()
-        self._lay_out_anew()
+        self._resize()
         return []
 
     def _take_pictures(self, free: int) -> list[Record]:
@@ -237,7 +255,7 @@ class Flight:
     def _make_ready(self, row: _Row) -> bool:
         """See to it that the row's picture is in the cache. False where the row, or its picture, has no room now."""
         width = self._width(row)
-        if width > self._batch.size.width or (width > self._usual_width) != self._wide:
+        if width > self._size.width or (width > self._usual_width) != self._wide:
             return False  # few rows fit into a wide batch, which is for wide ones alone
         if row.long not in row.shown.cached:
             with self._stages("prefix"):
@@ -254,17 +272,25 @@ class Flight:
             row.seat = Seated(row.shown.cached[row.long][0], [*row.question, *row.written])
         self._seated += rows
         with self._stages("questions"):
-            self._batch.seat([row.seat for row in rows if row.seat])
-            for row in rows:
-                if row.query_token is None and row.seat:  # not of a row that begins anew: its prompt had ended before
-                    row.query_token = row.seat.states
-                    row.vision_token = row.shown.cached[row.long][1].cpu().numpy()
+            self._read_questions(rows, [row.seat for row in rows if row.seat])
+        for row in rows:
+            if row.query_token is None and row.seat:  # not of a row that begins anew: its prompt had ended before
+                row.query_token, row.vision_token = row.seat.states, row.shown.vision_token[row.long]
         return self._take_tokens(rows)
+
+    def _read_questions(self, rows: Sequence[_Row], seats: Sequence[Seated]) -> None:
+        """Read the questions, and bring to the host what is stored of the pictures that rows sit down on first."""
+        new = {(id(row.shown), row.long): row.shown for row in rows if row.long not in row.shown.vision_token}
+        stored = [(shown.cached[long][1], shown.picture.vision_only) for (_, long), shown in new.items()]
+        found = iter(self._batch.seat(seats, [tensor for pair in stored for tensor in pair]))
+        for (_, long), shown in new.items():
+            shown.vision_token[long], shown.vision_only = next(found), next(found)
 
     def _step(self) -> list[Record]:
         """Choose the next token of every seated row."""
         with self._stages("decoding"):
             self._batch.step()
+            self._stages.notes.update(self._batch.take_notes())
         return self._take_tokens(self._seated)
 
     def _take_tokens(self, rows: Sequence[_Row]) -> list[Record]:
@@ -274,11 +300,10 @@ class Flight:
             for row in rows:
                 assert row.seat is not None
                 row.written.append(row.seat.newest)
-                prompt = row.seat.prefix.length + len(row.question)
-                if not self._model.is_over(prompt, row.written, row.long):
+                if self._goes_on(row):
                     continue
                 leaving.append(row)
-                if not self._model.must_begin_anew(row.written, row.long):
+                if not self._begins_anew(row):
                     records.append(self._record(row))
             if leaving:
                 self._let_go(leaving)
@@ -293,23 +318,34 @@ class Flight:
             shown.left[row.long] -= 1
             if not shown.left[row.long]:
                 self._batch.forget_picture(shown.cached.pop(row.long)[0])
-            if self._model.must_begin_anew(row.written, row.long):
+            if self._begins_anew(row):
                 row.long = True
                 shown.left[True] += 1
                 self._waiting.appendleft(row)
 
+    def _goes_on(self, row: _Row) -> bool:
+        assert row.seat is not None
+        prompt = row.seat.prefix.length + len(row.question)
+        return row.written[-1] != NOT_FINITE and not self._model.is_over(prompt, row.written, row.long)
+
+    def _begins_anew(self, row: _Row) -> bool:
+        return row.written[-1] != NOT_FINITE and self._model.must_begin_anew(row.written, row.long)
+
     def _record(self, row: _Row) -> Record:
-        assert row.vision_token is not None and row.query_token is not None
-        picture = row.shown.picture
-        record = Extracted(
+        vision_only = row.shown.vision_only
+        assert vision_only is not None and row.vision_token is not None and row.query_token is not None
+        written = [token for token in row.written if token != NOT_FINITE]  # which only the last can be
+        vectors = vision_only, row.vision_token, row.query_token, row.shown.picture.pixel_mean
+        record = checked(Extracted(row.row, *vectors, self._model.text(written)), self._model.layers)
+        if isinstance(record, Failed) or len(written) == len(row.written):
+            return record
+        return _failed(
             row.row,
-            picture.vision_only.cpu().numpy(),
-            row.vision_token,
-            row.query_token,
-            picture.pixel_mean,
-            self._model.text(row.written),
+            NonFiniteValues(
+                f"the logits of token {len(row.written)} of the answer are NaN or infinite; expected finite ones, "
+                f"{OTHER_FORMAT}"
+            ),
         )
-        return checked(record, self._model.layers)
 
     def _width(self, row: _Row) -> int:
         """Keys that a row needs a seat for."""
@@ -319,37 +355,37 @@ class Flight:
     def _usual_width(self) -> int:
         return USUAL_QUESTION + self._model.max_new_tokens
 
-    def _new_batch(self, width: int = 0, keys: int = 0) -> Batch:
-        """A batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
+    def _find_size(self, width: int = 0, keys: int = 0) -> CacheSize:
+        """The size of a batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
         decoder = self._model.decoder
         self._wide = width > self._usual_width
-        seats = None if self._wide else self._seats  # of wide rows, as many as the memory takes
+        most = self._most[self._wide]
+        seats = None if self._wide else most  # of wide rows, as many as the memory takes
         width = max(width, self._usual_width)
-        size = size_cache(decoder.device, decoder.key_bytes, width, keys, seats, self._share)
-        return Batch(decoder, replace(size, seats=min(size.seats, self._seats or size.seats)))
-
-    def _lay_out_anew(self) -> None:
-        """The next row, or its picture, does not fit into the batch, which is empty: make one that it fits into."""
-        row = self._waiting[0]
-        self._empty()
-        self._batch = self._new_batch(self._width(row), len(row.shown.picture.embeddings))
+        size = size_cache(decoder.device, decoder.key_bytes, width, keys, seats, self._share[self._wide])
+        return replace(size, seats=min(size.seats, most or size.seats))
 
     def _halve(self) -> None:
         """After running out of memory: half the batch, and those who sat begin again where they are."""
-        self._seats, self._share = self._batch.size.seats // 2, self._share / 2
+        most = self._most[self._wide] = self._size.seats // 2
+        self._share[self._wide] /= 2
+        rows = "rows with long questions" if self._wide else "rows"
+        self._stages.notes[f"memory ran out: {most} {rows} at most are answered together from then on"] += 1
         self._waiting.extendleft(reversed(self._seated + self._ready))
         self._seated, self._ready = [], []
-        self._empty()
-        self._batch = self._new_batch()
+        self._resize()
 
-    def _empty(self) -> None:
-        """Forget all pictures that are in the cache, and the cache."""
+    def _resize(self) -> None:
+        """Forget the batch, whose memory is free afterwards; the next one has room for the next row and its picture."""
         for row in self._waiting:
             row.seat = None
             row.shown.cached.clear()
-        del self._batch
-        if self._model.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._made = None
+        if self._waiting:
+            row = self._waiting[0]
+            self._size = self._find_size(self._width(row), len(row.shown.picture.embeddings))
+        else:
+            self._size = self._find_size()
 
 
 def checked(record: Extracted, layers: Sequence[int]) -> Record:
@@ -369,7 +405,7 @@ def _check_finite(name: str, vector: np.ndarray) -> None:
     if not finite.all():
         raise NonFiniteValues(
             f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}; expected none, "
-            "try --dtype bfloat16 or float32 in another --output-dir"
+            f"{OTHER_FORMAT}"
         )
 
 

@@ -33,7 +33,7 @@ class ExtractOptions:
     attn_implementation: str
     batch_size: int | None  # None: found from the free memory
     max_new_tokens: int
-    num_workers: int
+    num_workers: int | None  # None: chosen by the device
     slice: tuple[int, int] | None
     retry_failed: bool
     lora: str
@@ -74,7 +74,8 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")
     add("--batch-size", type=_batch_size, metavar="N", default="auto", help="rows answered together (%(default)s)")
     add("--max-new-tokens", type=_positive, metavar="N", default=200, help="tokens of the longest answer (%(default)s)")
-    add("--num-workers", type=_natural, metavar="N", default=2, help="pictures that are opened at a time (%(default)s)")
+    workers = "pictures that are opened at a time, 4 with a GPU and 2 without (%(default)s)"
+    add("--num-workers", type=_workers, metavar="N", default="auto", help=workers)
     add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
     add("--retry-failed", action="store_true", help="extract the rows that failed before, and only those")
     add("--lora", choices=LORA, default="merged", help="vision LoRA added to the weights, or as layers (%(default)s)")
@@ -140,6 +141,10 @@ def _positive(text: str) -> int:
 
 def _batch_size(text: str) -> int | None:
     return None if text == "auto" else _positive(text)
+
+
+def _workers(text: str) -> int | None:
+    return None if text == "auto" else _natural(text)
 
 
 def _slice(text: str) -> tuple[int, int]:

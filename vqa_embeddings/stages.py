@@ -1,8 +1,9 @@
-"""Where the time goes: seconds by stage of the work."""
+"""Where the time goes: seconds by stage of the work, and what else is worth knowing of it."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.notes: Counter[str] = Counter()  # sentences that the user should read at the end, and how often each came
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

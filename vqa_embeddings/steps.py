@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.cache import Company
-from vqa_embeddings.compute import send
+from vqa_embeddings.compute import is_out_of_memory, leave_capture, send
+from vqa_embeddings.errors import one_line
 
 PASSES_BEFORE_CAPTURE = 2  # of one shape: a rare one is not worth a graph, and what a library sets up must be there
 
@@ -36,38 +37,60 @@ class Step:
         return Step(self.company.clone(), self.newest.clone(), self.kept.clone())
 
 
-class Steps:
-    """Runs steps: as they are, or on a GPU by graphs that are captured once a shape."""
+Advance = Callable[[Step, int], None]
 
-    def __init__(self, advance: Callable[[Step, int], None], device: torch.device) -> None:
-        self._advance = advance
+
+class Steps:
+    """Runs steps: as they are, or on a GPU by graphs that are captured once a shape.
+
+    What takes a step is given with each: were it kept here, it and what it holds, the cache, would hold each other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.captures = device.type == "cuda"
+        self._device = device
+        self.notes: list[str] = []  # what the user should know
         self._seen: Counter[object] = Counter()
-        self._graphs: dict[object, _Captured] = {}
+        self._graphs: dict[object, _Captured | None] = {}  # None: of this shape there can be none
         self._pool: object = None  # the graphs run one after another, and can share their memory
 
-    def run(self, step: Step, width: int) -> list[int]:
+    def run(self, advance: Advance, step: Step, width: int) -> list[int]:
         """Take a step, by which `step` changes. Returns the chosen tokens, padding included."""
-        if not self.captures:
-            self._advance(step, width)
-            return step.newest.tolist()
-        shape = (step.shape(), width)
-        self._seen[shape] += 1
-        if shape not in self._graphs and self._seen[shape] <= PASSES_BEFORE_CAPTURE:
-            self._advance(step, width)
+        graph = self._graph(advance, step, width) if self.captures else None
+        if graph:
+            graph.run(step)
         else:
-            if shape not in self._graphs:
-                self._graphs[shape] = self._capture(step, width)
-            self._graphs[shape].run(step)
+            advance(step, width)
         return step.newest.tolist()
 
-    def _capture(self, step: Step, width: int) -> _Captured:
-        own = step.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._advance(own, width)
-        self._pool = self._pool or graph.pool()
-        return _Captured(graph, own)
+    def _graph(self, advance: Advance, step: Step, width: int) -> _Captured | None:
+        """The graph of the step's shape, where there is one by now."""
+        shape = (step.shape(), width)
+        self._seen[shape] += 1
+        if shape not in self._graphs and self._seen[shape] > PASSES_BEFORE_CAPTURE:
+            self._graphs[shape] = self._capture(advance, step, width)
+        return self._graphs.get(shape)
+
+    def _capture(self, advance: Advance, step: Step, width: int) -> _Captured | None:
+        """A graph of the step, of which nothing is computed yet; None where it fails, for want of memory or else."""
+        try:
+            own = step.clone()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.set_device(self._device)  # on whose stream the capture is
+            # Other threads may ask the driver for memory meanwhile: that is none of this capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                advance(own, width)
+        except torch.OutOfMemoryError:  # ends a capture well
+            reason = "for want of memory"
+        except Exception as error:  # the step itself comes next, as it is: what is broken for good, it will say
+            reason = "for want of memory" if is_out_of_memory(error) else one_line(error)
+            self._pool = None  # torch may count it as in use by this capture for ever, and let no other one begin
+        else:
+            self._pool = self._pool or graph.pool()
+            return _Captured(graph, own)
+        leave_capture(self._device)
+        self.notes.append(f"steps of {len(step.kept)} rows run without a CUDA graph, slower and as exact: {reason}")
+        return None
 
 
 class _Captured:

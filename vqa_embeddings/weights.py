@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqa_embeddings.checkpoint import Adapter, Checkpoint, read_json
+from vqa_embeddings.compute import keep_float32
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, is_read, native_settings
 
@@ -40,7 +41,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
     """
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # or a GPU's float32 convolutions, the patch embedding, have 10 bits
+    keep_float32()
     quiet_library()  # what it reports as a fault is checked, and refused, here
     # What is to be rounded once, after the LoRA is in, must not be rounded here.
     loaded_dtype = checkpoint.dtype if lora == "merged" and dtype != "float32" else dtype

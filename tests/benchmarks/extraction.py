@@ -15,7 +15,7 @@ import numpy as np
 from tests.benchmarks.inputs import FULL, HUNDREDTH, load, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
-from vqa_embeddings.compute import find_device
+from vqa_embeddings.compute import WORKERS, find_device
 from vqa_embeddings.extract import extract
 from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture
@@ -179,11 +179,11 @@ def _row(published: Published, table: Table, row: int, folder: Path) -> None:
 
 def _extraction(engine: Counting, table: Table, folder: Path) -> tuple[float, Stages]:
     records: list[Any] = []
-    stages = Stages()
+    stages, workers = Stages(), WORKERS[engine.decoder.device.type]
     engine.lengths.clear()
 
     def run() -> None:
-        for finished in extract(engine, table, range(len(table)), PictureFolder(folder), None, 2, stages=stages):
+        for finished in extract(engine, table, range(len(table)), PictureFolder(folder), None, workers, stages=stages):
             records.extend(finished)
 
     seconds = _seconds(run, str(engine.decoder.device))
