@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, on a machine with one CUDA GPU, without a network: small checkpoints of both layouts and
-# one of full size with random weights, 1 and 2 ranks on the one GPU, every number format against a float32 reference.
-# Prints a table; exit status 1 where something is off, 2 where there is no GPU. Needs 40 GiB of GPU memory, 30 GB below
-# TMPDIR, and a Python with this program's requirements, by default python3:
-#     [PYTHON=.venv/bin/python] bash tests/gpu/check.sh
-#     bash tests/gpu/check.sh --quick    # the small checkpoints only; also without a GPU
+# The first contact with a GPU: all that only one can show, in stages, the most telling first. Each prints its lines at
+# once and ends in one line, "ok" or "OFF" with figures; a stage that fails does not stop the next. Exit status 1 where
+# something is off, 2 where a requirement is lacking: a Python with this program's requirements (python3 unless PYTHON
+# names one), a CUDA GPU with 40 GiB, 30 GB below TMPDIR. No network.
+#     [PYTHON=.venv/bin/python] bash tests/gpu/check.sh [STAGE ...]
+#     bash tests/gpu/check.sh --quick    # the small checkpoints only; also without a GPU, as far as it goes
+#     bash tests/gpu/check.sh --help     # the stages
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH=".:tests${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" tests/gpu/check.py "$@"
+exec "${PYTHON:-python3}" -u -m tests.gpu.check "$@"
