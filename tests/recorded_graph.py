@@ -21,7 +21,7 @@ from vqa_embeddings.steps import Steps
 
 
 class Recorded(TorchDispatchMode):
-    """The operators between `begin` and `end`, to be executed again by `replay`."""
+    """The operators of a capture, to be executed again by `replay`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,9 +68,11 @@ class Recorded(TorchDispatchMode):
     def replay(self) -> None:
         self.replays += 1
         for func, args, kwargs, outputs in self._calls:
-            found = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
-            for output, result in zip(outputs, found, strict=bool(outputs)) if outputs else ():
-                output.copy_(result)
+            made = func(*args, **kwargs)
+            if outputs:  # without any, it has changed its arguments in place
+                found = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+                for output, result in zip(outputs, found, strict=True):
+                    output.copy_(result)
 
     def pool(self) -> object:
         return self.asked_for or self

@@ -219,7 +219,7 @@ def fair_share(free: int, total: int, held: int, processes: int) -> int:
         held: what this process has taken already, for the weights.
         processes: on this GPU, this one included; alone, it may take all that is free.
     """
-    return free if processes == 1 else max(0, min(free, total // processes - held))
+    return max(0, min(free, total // processes - held))
 
 
 def versions() -> dict[str, str]:

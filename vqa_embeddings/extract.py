@@ -355,13 +355,15 @@ class Flight:
     def _usual_width(self) -> int:
         return USUAL_QUESTION + self._model.max_new_tokens
 
-    def _find_size(self, width: int = 0, keys: int = 0) -> CacheSize:
-        """The size of a batch whose seats take rows of `width` keys, and whose pages hold a picture of so many."""
-        decoder = self._model.decoder
+    def _find_size(self) -> CacheSize:
+        """The size of a batch whose seats take the next row, where one waits, and whose pages take its picture."""
+        decoder, width, keys = self._model.decoder, self._usual_width, 0
+        if self._waiting:
+            row = self._waiting[0]
+            width, keys = max(width, self._width(row)), len(row.shown.picture.embeddings)
         self._wide = width > self._usual_width
         most = self._most[self._wide]
         seats = None if self._wide else most  # of wide rows, as many as the memory takes
-        width = max(width, self._usual_width)
         size = size_cache(decoder.device, decoder.key_bytes, width, keys, seats, self._share[self._wide])
         return replace(size, seats=min(size.seats, most or size.seats))
 
@@ -381,11 +383,7 @@ class Flight:
             row.seat = None
             row.shown.cached.clear()
         self._made = None
-        if self._waiting:
-            row = self._waiting[0]
-            self._size = self._find_size(self._width(row), len(row.shown.picture.embeddings))
-        else:
-            self._size = self._find_size()
+        self._size = self._find_size()
 
 
 def checked(record: Extracted, layers: Sequence[int]) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +72,16 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--demo", action="store_true", help="small random model, shipped photographs: no network, no GPU needed")
     add("--dtype", choices=DTYPES, default="auto", help="number format of the model (%(default)s)")
     add("--attn-implementation", choices=ATTENTION, default="auto", help="attention kernels (%(default)s)")
-    add("--batch-size", type=_batch_size, metavar="N", default="auto", help="rows answered together (%(default)s)")
+    add(
+        "--batch-size",
+        type=_or_auto(_positive),
+        metavar="N",
+        default="auto",
+        help="rows answered together (%(default)s)",
+    )
     add("--max-new-tokens", type=_positive, metavar="N", default=200, help="tokens of the longest answer (%(default)s)")
     workers = "pictures that are opened at a time, 4 with a GPU and 2 without (%(default)s)"
-    add("--num-workers", type=_workers, metavar="N", default="auto", help=workers)
+    add("--num-workers", type=_or_auto(_natural), metavar="N", default="auto", help=workers)
     add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
     add("--retry-failed", action="store_true", help="extract the rows that failed before, and only those")
     add("--lora", choices=LORA, default="merged", help="vision LoRA added to the weights, or as layers (%(default)s)")
@@ -139,12 +145,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _batch_size(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
-
-
-def _workers(text: str) -> int | None:
-    return None if text == "auto" else _natural(text)
+def _or_auto(parse: Callable[[str], int]) -> Callable[[str], int | None]:
+    return lambda text: None if text == "auto" else parse(text)
 
 
 def _slice(text: str) -> tuple[int, int]:

@@ -80,11 +80,10 @@ class Steps:
             # Other threads may ask the driver for memory meanwhile: that is none of this capture's business.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 advance(own, width)
-        except torch.OutOfMemoryError:  # ends a capture well
-            reason = "for want of memory"
         except Exception as error:  # the step itself comes next, as it is: what is broken for good, it will say
             reason = "for want of memory" if is_out_of_memory(error) else one_line(error)
-            self._pool = None  # torch may count it as in use by this capture for ever, and let no other one begin
+            if not isinstance(error, torch.OutOfMemoryError):  # which alone ends a capture well
+                self._pool = None  # torch may count it as in use by this capture for ever, and let no other one begin
         else:
             self._pool = self._pool or graph.pool()
             return _Captured(graph, own)

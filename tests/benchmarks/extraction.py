@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.inputs import FULL, HUNDREDTH, load, questions, write_checkpoint, write_pictures
+from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
 from vqa_embeddings.compute import WORKERS, find_device
 from vqa_embeddings.extract import extract
 from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture
-from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.stages import Stages
 from vqa_embeddings.table import Table
@@ -69,18 +68,6 @@ ON_GPU = Plan(
 ON_GPU_QUICK = Plan([Case(1, (640, 480), 128), Case(14, (640, 480), 16)], 1)
 
 
-class Counting(Phi4):
-    """The model, with the length of every answer that it has given."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.lengths: list[int] = []
-
-    def text(self, written: Sequence[int]) -> str:
-        self.lengths.append(len(written))
-        return super().text(written)
-
-
 def measure(scratch: Path, quick: bool) -> dict[str, object]:
     """Every case in rounds: some rows as published, a small and a large extraction; medians over the rounds.
 
@@ -99,7 +86,7 @@ def measure(scratch: Path, quick: bool) -> dict[str, object]:
             checkpoint = scratch / f"checkpoint-{mixed}"
             write_checkpoint(checkpoint, FULL if on_gpu else HUNDREDTH, mixed, device.name, dtype)
             published = Published(*load(checkpoint, device.name, dtype), NEW_TOKENS)
-            engine = Counting(*load(checkpoint, device.name, dtype), NEW_TOKENS)
+            engine = Noting(*load(checkpoint, device.name, dtype), NEW_TOKENS)
             found += [_measure(published, engine, case, plan.rounds, rate, scratch) for case in cases]
             parameters = sum(weight.numel() for layer in published.model.model.layers for weight in layer.parameters())
             del published, engine
@@ -135,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _measure(
-    published: Published, engine: Counting, case: Case, rounds: int, rate: float, scratch: Path
+    published: Published, engine: Noting, case: Case, rounds: int, rate: float, scratch: Path
 ) -> dict[str, object]:
     names = write_pictures(scratch / "pictures", 3 * case.pictures, case.size)
     small, large = (_table(names[:count], case.questions) for count in (case.pictures, 3 * case.pictures))
@@ -177,10 +164,10 @@ def _row(published: Published, table: Table, row: int, folder: Path) -> None:
     published.row(folder / table.images[row % len(table)], table.questions[row % len(table)])
 
 
-def _extraction(engine: Counting, table: Table, folder: Path) -> tuple[float, Stages]:
+def _extraction(engine: Noting, table: Table, folder: Path) -> tuple[float, Stages]:
     records: list[Any] = []
     stages, workers = Stages(), WORKERS[engine.decoder.device.type]
-    engine.lengths.clear()
+    engine.written.clear()
 
     def run() -> None:
         for finished in extract(engine, table, range(len(table)), PictureFolder(folder), None, workers, stages=stages):
@@ -199,9 +186,9 @@ def _seconds(work: Any, device: str) -> float:
     return time.perf_counter() - begun
 
 
-def _work(engine: Counting, config: Any, table: Table, folder: Path) -> Work:
+def _work(engine: Noting, config: Any, table: Table, folder: Path) -> Work:
     """The useful work of all rows, with answers of the length that they had on average."""
-    length = round(statistics.mean(engine.lengths))
+    length = round(statistics.mean(map(len, engine.written)))
     total = np.zeros(4)
     for name in dict.fromkeys(table.images):
         asked = [engine.question(table.questions[row]) for row in range(len(table)) if table.images[row] == name]

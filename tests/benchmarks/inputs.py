@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vqa_embeddings.checkpoint import find_checkpoint
 from vqa_embeddings.demo import DATA, SMALL, Sizes, make_checkpoint
+from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.table import read_table
 from vqa_embeddings.weights import load_model
 
@@ -44,6 +46,19 @@ FULL = Sizes(
     rank=256,
 )
 PHOTOGRAPHS = ("cat.jpg", "coffee.jpg", "rocket.jpg", "astronaut.jpg", "hubble.jpg")
+
+
+class Noting(Phi4):
+    """The model, with the tokens of every answer that it has given."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.written: list[list[int]] = []
+
+    def text(self, written: Sequence[int]) -> str:
+        """The answer; its tokens are kept."""
+        self.written.append(list(written))
+        return super().text(written)
 
 
 def write_checkpoint(folder: Path, sizes: Sizes, ending: bool, device: str = "cpu", dtype: str = "float32") -> None:

@@ -14,29 +14,16 @@ import numpy as np
 import torch
 from reference import relative_error
 
+from tests.benchmarks.inputs import Noting
 from vqa_embeddings.decoder import NOT_FINITE
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.extract import Flight, extract
 from vqa_embeddings.folder import PictureFolder
-from vqa_embeddings.phi4 import Phi4
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.steps import Steps, _Captured
 from vqa_embeddings.table import Table, read_table
 
 NEVER = 1 << 60  # passes before a capture
-
-
-class Noting(Phi4):
-    """The model, with the tokens of every answer that it has given."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.written: list[list[int]] = []
-
-    def text(self, written: Sequence[int]) -> str:
-        """The answer; its tokens are kept."""
-        self.written.append(list(written))
-        return super().text(written)
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ def difference(found: Answers, expected: Answers, rows: Sequence[int] | None = N
     rows = sorted(expected) if rows is None else rows
     for row in rows:
         one, other = found[row], expected[row]
-        if isinstance(one.record, Failed) or isinstance(other.record, Failed):
+        if _failed(one) or _failed(other):
             first = first or f"; row {row}: {[answer.record for answer in (one, other) if _failed(answer)]}"
             continue
         errors += [_error(*pair) for pair in zip(_vectors(one.record), _vectors(other.record), strict=True)]

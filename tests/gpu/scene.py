@@ -15,8 +15,7 @@ from original_layout import write_original
 from PIL import Image
 from reference import Expected, Reference
 
-from tests.benchmarks.inputs import FULL, load
-from tests.gpu.answers import Noting
+from tests.benchmarks.inputs import FULL, Noting, load
 from tests.gpu.report import say
 from vqa_embeddings import compute
 from vqa_embeddings.compute import Device, find_device, versions
