@@ -8,7 +8,7 @@ out=$(realpath -m "${1:-demo_output}")
 home=$(realpath "$(dirname "$0")/..")
 cd "$home"
 . launch/environment.sh
-install_environment
+install_environment probe
 
 # --multi_gpu starts two processes also where there is no GPU; --cpu would start one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

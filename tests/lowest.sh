@@ -14,7 +14,7 @@ trap 'rm -rf "$environment"' EXIT
 "$python" -m venv "$environment"
 . "$environment/bin/activate"
 # "name>=1.2" and "name>=1.2,<3" become "name==1.2".
-sed -n '/^dependencies = \[/,/^\]/p; /^report = \[/p; /^test = \[/,/^\]/p' pyproject.toml \
+sed -n '/^dependencies = \[/,/^\]/p; /^probe = \[/p; /^test = \[/,/^\]/p' pyproject.toml \
     | grep -o '"[^"]*"' | tr -d '"' | grep -v '^vqa-embeddings\[' | sed -E 's/^([A-Za-z0-9_-]+)>=([0-9.]+)(,.*)?$/\1==\2/' > "$environment/lowest.txt"
 if grep -v == "$environment/lowest.txt"; then
     echo "error: a requirement without a lowest version" >&2

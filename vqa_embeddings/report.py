@@ -10,7 +10,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ SHOWN = 24  # answers that are shown
 STRIPES = 200  # of the strip over the table
 TOKENS = ("query_token", "vision_token")
 EXAMPLES = 3  # of each reason for which rows failed
-NO_MATPLOTLIB = "matplotlib is not installed; pip install 'vqa-embeddings[report]' and merge again"
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,6 @@ def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
 
 def _draw(run: Run, sample: Sample, paces: Sequence[Pace]) -> tuple[dict[str, list[str]], str | None]:
     """The charts as SVG by section, and why there are none."""
-    if find_spec("matplotlib") is None:
-        return {}, NO_MATPLOTLIB
     charts: dict[str, list[str]] = {}
     try:
         if paces:
@@ -197,8 +193,8 @@ def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
 
 def _key(run: Run, summary: Mapping[str, object], paces: Sequence[Pace]) -> str:
     """A digest of what a report is made from."""
-    parts = [run.key, __version__, find_spec("matplotlib") is not None, summary]
-    parts += [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in paces]
+    shards = [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in paces]
+    parts = [run.key, __version__, summary, shards]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
