@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,10 +104,45 @@ def of_copies(expected: dict[str, object], rows: Iterable[str]) -> dict[str, obj
     return {key: expected[key.rpartition("-")[0]] for key in rows}
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file among the processes of this run of the tests, or say that another one holds it."""
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def compute_together(folder: Path, keys: Sequence[str], compute: Callable[[str], object]) -> dict[str, object]:
+    """`compute(key)` by key; of several processes that ask for them at once, each computes those that no other has."""
+    for wait in (False, True):
+        for key in keys:
+            path = folder / key
+            with locked(folder / f"{key}.lock", wait) as ours:
+                if ours and not path.exists():
+                    path.with_suffix(".tmp").write_bytes(pickle.dumps(compute(key)))
+                    path.with_suffix(".tmp").rename(path)
+    return {key: pickle.loads((folder / key).read_bytes()) for key in keys}
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    make_checkpoint(folder)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of the tests share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared_folder: Path) -> Path:
+    folder = shared_folder / "checkpoint"
+    with locked(shared_folder / "checkpoint.lock"):
+        if not folder.exists():
+            make_checkpoint(folder)
     return folder
 
 
@@ -117,9 +154,16 @@ def reference(checkpoint: Path):
 
 
 @pytest.fixture(scope="session")
-def expected(reference) -> dict[str, object]:
+def expected(shared_folder: Path, request: pytest.FixtureRequest) -> dict[str, object]:
     """The reference's values for all 31 questions of the photographs, by question id."""
-    return {row["question_id"]: reference.row(DATA / row["image_id"], row["question"], TOKENS) for row in table_rows()}
+    rows = {row["question_id"]: row for row in table_rows()}
+
+    def compute(key: str) -> object:
+        picture = DATA / rows[key]["image_id"]
+        return request.getfixturevalue("reference").row(picture, rows[key]["question"], TOKENS)
+
+    (shared_folder / "expected").mkdir(exist_ok=True)
+    return compute_together(shared_folder / "expected", list(rows), compute)
 
 
 @pytest.fixture(scope="session")
