@@ -56,7 +56,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             say(world, NOTICE)
         options = demo_options(options)
     table, pictures, write_rows = read_input(options)
-    checkpoint = find_checkpoint(options.model or MODEL, options.revision, options.cache_dir)
+    checkpoint = find_checkpoint(options.model or MODEL, options.revision, options.cache_dir, options.lora)
     device = find_device(world.local_rank)
     dtype = choose_dtype(options.dtype, device)
     attention = choose_attention(options.attn_implementation, dtype.value, device)

@@ -7,6 +7,7 @@ import csv
 import fcntl
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,6 +145,20 @@ def checkpoint(shared_folder: Path) -> Path:
         if not folder.exists():
             make_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def original(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint in the original layout."""
+    from original_layout import write_original
+
+    return write_original(checkpoint, tmp_path_factory.mktemp("original") / "checkpoint")
+
+
+@pytest.fixture(params=["native", "original"])
+def copy(request: pytest.FixtureRequest, checkpoint: Path, original: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint in each layout, to be changed."""
+    return shutil.copytree(original if request.param == "original" else checkpoint, tmp_path / request.param)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -117,3 +118,23 @@ def _write_tokenizer(native: Path, folder: Path) -> None:
     settings = {"tokenizer_class": "GPT2TokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights, in either layout."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Write each file's tensors anew, as `change` makes them, and the index where there is one."""
+    index = {}
+    for path in weights_of(folder):
+        tensors = change(load_file(path))
+        save_file(tensors, path)
+        index.update(dict.fromkeys(tensors, path.name))
+    if (folder / "model.safetensors.index.json").exists():
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOKENS, arguments_for, command, merge, run, table_rows, write_table
-from original_layout import VISION_PATTERN, write_original
+from original_layout import VISION_PATTERN, edit_json, edit_weights, weights_of
 from reference import cosine
 from test_model import ask, load
 from test_refusals import ADAPTERS, refused
@@ -34,17 +34,6 @@ from vqa_embeddings.options import MODEL
 from vqa_embeddings.weights import load_model
 
 PART = "phi4_multimodal_embeddings_part_001.h5"
-
-
-@pytest.fixture(scope="module")
-def original(checkpoint, tmp_path_factory) -> Path:
-    return write_original(checkpoint, tmp_path_factory.mktemp("original") / "checkpoint")
-
-
-@pytest.fixture(params=["native", "original"])
-def copy(request, checkpoint, original, tmp_path) -> Path:
-    """A copy of the checkpoint in each layout, to be damaged."""
-    return shutil.copytree(original if request.param == "original" else checkpoint, tmp_path / request.param)
 
 
 def contents(part: Path) -> dict[str, tuple]:
@@ -249,14 +238,6 @@ def asked_of(folder: Path) -> list[object]:
     return [*arguments_for(DATA / "vqa.csv", folder), "--output-dir", folder.parent / "out"]
 
 
-def edit_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def weights_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
-
-
 def test_truncated_weights_are_refused(copy):
     weights = weights_of(copy)[-1]
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -318,18 +299,6 @@ def test_an_index_without_metadata_is_refused(original, tmp_path):
     refused(*asked_of(copy), saying='add "metadata": {} to it')
 
 
-def edit_weights(folder: Path, change) -> None:
-    from safetensors.torch import load_file, save_file
-
-    index = {}
-    for path in weights_of(folder):
-        tensors = change(load_file(path))
-        save_file(tensors, path)
-        index.update(dict.fromkeys(tensors, path.name))
-    if (folder / checkpoints.INDEX).exists():
-        (folder / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
 def test_a_tensor_too_few_is_refused(copy):
     edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"})
     refused(*asked_of(copy), saying="lacks 1 tensors of the model, the first model.norm.weight")
@@ -369,11 +338,6 @@ def test_a_tokenizer_without_the_prompts_tokens_is_refused(copy, token, saying):
     path = copy / "tokenizer.json"
     path.write_text(path.read_text().replace(token, "<|other|>"))
     refused(*asked_of(copy), saying=saying[copy.name])
-
-
-def test_a_checkpoint_without_its_tokenizer_is_refused(copy):
-    (copy / "tokenizer.json").unlink()
-    refused(*asked_of(copy), saying="holds no tokenizer.json")
 
 
 def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
@@ -416,7 +380,6 @@ def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(
 
     copy = shutil.copytree(original, tmp_path / "model")
     edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if ".lora_" not in name})
-    refused(*asked_of(copy), saying="Vision adapter not found")
     adapter = shutil.copytree(checkpoint / "vision-lora", copy / "vision-lora")
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": VISION_PATTERN}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))

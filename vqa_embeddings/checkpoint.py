@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vqa_embeddings.adapters import check_patterns, lora_among, lora_in_folder, settings_among, settings_in_folder
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.layouts import find_layout, from_top, is_read, lora_among, lora_settings
+from vqa_embeddings.layouts import LAYOUTS, PROCESSOR_FILES, TOKENIZER_FILES, find_layout, is_read, refuse_wrapped
 from vqa_embeddings.options import MODEL
 
 NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
+CONFIG = "config.json"
+BELOW = ("*", "snapshots/*", "models--*/snapshots/*")  # where checkpoints lie in a folder of some, or in a hub's cache
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FOLDER = "vision-lora"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -28,6 +31,7 @@ class Adapter:
     where: Path
     settings: dict[str, Any]  # as peft's `adapter_config.json` has them
     tensors: dict[str, tuple[Path, str]]  # by the name that the library's model has: the file, and the name in it
+    copies: dict[str, tuple[Path, str]] = field(default_factory=dict)  # in the folder too, of one among the weights
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class Checkpoint:
     dtype: str  # of the weights as they are stored
     fingerprint: str
     config: dict[str, Any] = field(repr=False)
-    adapter: Adapter = field(repr=False)
+    adapter: Adapter | None = field(repr=False)  # None only where `--lora none` needs none
 
 
-def find_checkpoint(model: str, revision: str | None, cache_dir: Path) -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None, cache_dir: Path, lora: str = "merged") -> Checkpoint:
     """Find a checkpoint in a local folder or on the hub, and check it without importing torch.
 
+    Args:
+        lora: what becomes of the vision adapter; "none" where the weights hold it, and no other has to be there.
     Raises:
         Refused: it is not there, not whole, of an unknown layout, or without a vision adapter.
     """
@@ -62,14 +68,18 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path) -> Checkp
     else:
         folder, revision = _download(model, revision, cache_dir)
     try:
-        config = read_json(folder / "config.json")
+        if not (folder / CONFIG).exists():
+            _refuse_other_folders(folder)
+        config = read_json(folder / CONFIG)
         layout = find_layout(str(folder), config)
+        _check_tokenizer(folder, layout)
         tensors = _find_tensors(folder)
+        refuse_wrapped(str(folder), tensors)
         sizes = _sizes(folder, config)
         if config.get("quantization_config"):
             raise _quantised(folder, "quantization_config in config.json")
         dtype = _stored_dtype(folder, {name: stored for name, (_, stored) in tensors.items()})
-        adapter = _find_adapter(folder, config, tensors)
+        adapter = _find_adapter(folder, config, tensors, lora)
         return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter)
     except OSError as error:
         raise Refused(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
@@ -95,6 +105,38 @@ def _download(model: str, revision: str | None, cache_dir: Path) -> tuple[Path, 
             "check --model and the network, or give the folder of a downloaded checkpoint"
         ) from None
     return Path(path), Path(path).name  # a snapshot's folder is named after its commit
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Say what a folder without a `config.json` is instead, where that can be seen."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "it does not say which"
+        raise Refused(
+            f"{folder} holds an adapter alone ({ADAPTER_CONFIG} without {CONFIG}); expected a whole model: where it is "
+            f"the vision LoRA, put it into {ADAPTER_FOLDER}/ of the model that it was trained from ({base}); where it "
+            "came on top of that, merge it into the model (PEFT's merge_and_unload) and give what that saves"
+        )
+    below = [path.parent for pattern in BELOW for path in folder.glob(f"{pattern}/{CONFIG}") if _is_phi4(path)]
+    if below:
+        newest = max(below, key=lambda path: (path / CONFIG).stat().st_mtime_ns)
+        others = f", the newest of {len(below)}" if len(below) > 1 else ""
+        raise Refused(f"{folder} is no checkpoint, but holds some below; expected one: give --model {newest}{others}")
+
+
+def _is_phi4(path: Path) -> bool:
+    try:
+        return read_json(path).get("model_type") in LAYOUTS
+    except (Refused, TypeError):  # a broken one, or a model_type that is no text
+        return False
+
+
+def _check_tokenizer(folder: Path, layout: str) -> None:
+    lacking = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
+    if lacking:
+        raise Refused(
+            f"{folder} holds no {lacking[0]}; expected the tokenizer and the processor beside the weights: copy "
+            f"{', '.join(TOKENIZER_FILES)} and {PROCESSOR_FILES[layout]} from the model that it was trained from"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,40 +232,37 @@ def _quantised(where: Path, how: str) -> Refused:
     )
 
 
-def _find_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]]) -> Adapter:
+def _find_adapter(
+    folder: Path, config: dict[str, Any], tensors: dict[str, tuple[Path, str]], lora: str
+) -> Adapter | None:
     """The vision LoRA: the one among the weights, which the original code would use, or the one in its folder."""
-    if (folder / ADAPTER_CONFIG).exists():  # the library would load it by itself, with the base model that it names
+    of_its_own = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (folder / name).exists()), None)
+    if of_its_own:  # the library would load it by itself, with the base model that it names, or nothing would read it
         raise Refused(
-            f"{folder} holds an {ADAPTER_CONFIG} of its own; expected a whole checkpoint with its vision LoRA in "
+            f"{folder} holds an {of_its_own} of its own; expected a whole checkpoint with its vision LoRA in "
             f"{ADAPTER_FOLDER}, check --model"
         )
-    among = lora_among(tensors)
-    if among:
-        settings = {"peft_type": "LORA", **lora_settings(str(folder), config)}
-        return Adapter(folder, settings, {name: (tensors[stored][0], stored) for name, stored in among.items()})
+    among = lora_among(str(folder), tensors)
     where = folder / ADAPTER_FOLDER
-    if not (where / ADAPTER_CONFIG).is_file() or not (where / ADAPTER_WEIGHTS).is_file():
+    header = _safetensors_header(where / ADAPTER_WEIGHTS) if (where / ADAPTER_WEIGHTS).is_file() else {}
+    _stored_dtype(where, header)
+    stored = lora_in_folder(str(where / ADAPTER_WEIGHTS), header)
+    in_folder = {name: (where / ADAPTER_WEIGHTS, stored[name]) for name in stored}
+    if among:
+        settings = settings_among(str(folder), config)
+        return Adapter(folder, settings, {name: (tensors[among[name]][0], among[name]) for name in among}, in_folder)
+    lacking = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (where / name).is_file()]
+    if len(lacking) == 2 and lora == "none":
+        return None
+    if lacking:
         raise Refused(
             f"Vision adapter not found: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} in {where}, or lora_A.vision "
-            "tensors among the weights; without it the model answers, but wrongly; download the whole checkpoint"
+            "tensors among the weights; without it the model answers, but wrongly; download the whole checkpoint, or "
+            "use --lora none where it has been merged into the weights"
         )
-    settings = read_json(where / ADAPTER_CONFIG)
-    if settings.get("peft_type") != "LORA" or settings.get("modules_to_save"):
-        kind = f"peft_type {settings.get('peft_type')!r}, modules_to_save {settings.get('modules_to_save')}"
-        raise Refused(
-            f"{where / ADAPTER_CONFIG} is of {kind}; expected LORA, and no modules beside it; "
-            "use the adapter of the same checkpoint"
-        )
-    settings["target_modules"] = from_top(settings.get("target_modules"))
-    header = _safetensors_header(where / ADAPTER_WEIGHTS)
-    _stored_dtype(where, header)
-    return Adapter(where, settings, {_adapter_name(name): (where / ADAPTER_WEIGHTS, name) for name in header})
-
-
-def _adapter_name(name: str) -> str:
-    """A tensor's name from the model's top: peft writes a prefix, and the original layout begins one level below."""
-    name = name.removeprefix("base_model.model.")
-    return f"model.{name}" if name.startswith("layers.") else name
+    settings = settings_in_folder(str(where / ADAPTER_CONFIG), read_json(where / ADAPTER_CONFIG))
+    check_patterns(str(where / ADAPTER_CONFIG), settings, in_folder)
+    return Adapter(where, settings, in_folder)
 
 
 def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
@@ -232,7 +271,7 @@ def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
         layers = kept_layers(int(config.get("num_hidden_layers", 32)))
         return layers, int(config.get("hidden_size", 3072)), int(vision.get("hidden_size", 1152))
     except (TypeError, ValueError, AttributeError, OverflowError):
-        raise Refused(f"{folder / 'config.json'} gives no sizes of the model; download the checkpoint again") from None
+        raise Refused(f"{folder / CONFIG} gives no sizes of the model; download the checkpoint again") from None
 
 
 def _fingerprint(folder: Path) -> str:

@@ -11,11 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vqa_embeddings.adapters import AMONG
 from vqa_embeddings.errors import Refused
 
 LAYOUTS = {"phi4_multimodal": "native", "phi4mm": "original"}  # by the model_type of config.json
 IMAGE_TOKENS = {"native": "<|image|>", "original": "<|endoftext10|>"}
 ORIGINAL_AUDIO_TOKEN = "<|endoftext11|>"
+# What has to lie beside the weights. The flags of the added tokens may stand in either of the tokenizer's two files.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+PROCESSOR_FILES = {
+    "native": "processor_config.json (or preprocessor_config.json, where it has that)",
+    "original": "preprocessor_config.json",
+}
 
 # Patterns of tensor names in the original layout, and what the library's model calls them. They match no native name.
 # No picture reaches the audio tower, so that its names need none.
@@ -28,7 +35,14 @@ TENSOR_NAMES = {
 }
 # Parts of the names of tensors that nothing reads: no harm where one is missing, no sign of another model where one is
 # left over. Position numbers are stored by some savers and computed by the library.
-UNREAD = (".audio_embed.", ".lora_", ".img_processor.head.", ".img_processor.post_layernorm.", ".position_ids")
+UNREAD = (".audio_embed.", ".img_processor.head.", ".img_processor.post_layernorm.", ".position_ids")
+# What a name begins with where the model was saved inside of something: what that is, and what saves the model itself.
+WRAPPERS = {
+    "base_model.model.": ("PEFT", "model.merge_and_unload().save_pretrained(…)"),
+    "module.": ("DistributedDataParallel", "model.module.save_pretrained(…)"),
+    "_orig_mod.": ("torch.compile", "model._orig_mod.save_pretrained(…)"),
+    "_fsdp_wrapped_module.": ("FullyShardedDataParallel", "model.module.save_pretrained(…)"),
+}
 # Settings of the original layout that the library's config knows by the same name.
 SHARED_SETTINGS = (
     "vocab_size",
@@ -82,38 +96,17 @@ def native_settings(original: dict[str, Any], image_token: int, audio_token: int
     }
 
 
+def refuse_wrapped(where: str, names: Iterable[str]) -> None:
+    """Refuse tensors whose names begin with what a wrapper puts before them."""
+    for name in sorted(names):
+        for prefix, (wrapper, command) in WRAPPERS.items():
+            if name.startswith(prefix):
+                raise Refused(
+                    f"{where} holds {name}, as a model is saved inside of {wrapper}; expected names without {prefix}: "
+                    f"save the model itself with {command}"
+                )
+
+
 def is_read(name: str) -> bool:
     """Whether the vectors depend on a tensor of the model proper, by its name in either layout."""
-    return not any(part in name for part in UNREAD)
-
-
-def lora_among(names: Iterable[str]) -> dict[str, str]:
-    """The vision LoRA among a checkpoint's tensors: their names there, by the names that the library's model has."""
-    lora = [name for name in names if ".lora_A.vision." in name or ".lora_B.vision." in name]
-    return {name.replace(".vision.", "."): name for name in lora}
-
-
-def lora_settings(where: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a vision LoRA that lies among the weights, as peft's `LoraConfig` takes them.
-
-    Raises:
-        Refused: `config.json` does not give them.
-    """
-    lora = config.get("vision_lora")
-    try:
-        if not isinstance(lora, dict):
-            raise TypeError
-        return {"r": int(lora["r"]), "lora_alpha": float(lora["lora_alpha"]), "target_modules": from_top(lora["layer"])}
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise Refused(
-            f"Vision adapter not found: {where} holds LoRA tensors, but its config.json gives no vision_lora with r, "
-            "lora_alpha and layer; use the config.json of the same checkpoint"
-        ) from None
-
-
-def from_top(targets: Any) -> Any:
-    """An adapter's targets as from the model's top: patterns of the original layout begin one level below.
-
-    A list of names, and peft's word "all-linear", mean the same at any level.
-    """
-    return rf"(model\.)?({targets})" if isinstance(targets, str) and targets != "all-linear" else targets
+    return not any(part in name for part in UNREAD) and not AMONG.search(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 MODEL = "microsoft/Phi-4-multimodal-instruct"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
-LORA = ("merged", "adapter")
+LORA = ("merged", "adapter", "none")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--num-workers", type=_or_auto(_natural), metavar="N", default="auto", help=workers)
     add("--slice", type=_slice, metavar="i/n", help="part i of n of the table, i from 0 (default: the Slurm array's)")
     add("--retry-failed", action="store_true", help="extract the rows that failed before, and only those")
-    add("--lora", choices=LORA, default="merged", help="vision LoRA added to the weights, or as layers (%(default)s)")
+    lora = "vision LoRA added to the weights, as layers, or none: the weights hold it already (%(default)s)"
+    add("--lora", choices=LORA, default="merged", help=lora)
     add("--pixel-mean", action="store_true", help="also store the published script's mean of the pixels, [448]")
 
     options = ExtractOptions(**vars(parser.parse_args(argv)))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqa_embeddings.adapters import check_shares
 from vqa_embeddings.checkpoint import Adapter, Checkpoint, read_json
 from vqa_embeddings.compute import keep_float32
 from vqa_embeddings.errors import Refused, one_line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # The library's loader reports false losses for adapters named "vision": its test is a substring of the key.
 ADAPTER_NAME = "lora_of_vision"
+ROUNDING = 2**-8  # of a number in bfloat16
 PROMPT_TOKENS = ("<|user|>", "<|end|>", "<|assistant|>")
 
 
@@ -32,15 +34,17 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
     """Load the model with its vision LoRA, and what prepares its input.
 
     Args:
-        lora: "merged" adds the adapter to the weights in float32 and rounds once; "adapter" keeps peft's layers.
+        lora: "merged" adds the adapter to the weights in float32 and rounds once; "adapter" keeps peft's layers;
+            "none" leaves weights as they are that hold the adapter already.
     Returns:
         The `Phi4MultimodalForCausalLM`, on the device and ready to infer; the tokenizer; the image processor.
     Raises:
         Refused: a file is damaged, a tensor is missing or of another size, the tokenizer is of another model, or the
-            adapter does not cover the decoder.
+            adapter does not cover the decoder, is in the weights already, or with "none" is not.
     """
     import torch
 
+    assert checkpoint.adapter is not None or lora == "none"  # find_checkpoint sees to it
     keep_float32()
     quiet_library()  # what it reports as a fault is checked, and refused, here
     # What is to be rounded once, after the LoRA is in, must not be rounded here.
@@ -62,7 +66,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
             use_safetensors=True,
         )
         _check_tensors(checkpoint, loading)
-        _add_adapter(model, checkpoint.adapter, getattr(torch, dtype) if lora == "merged" else None)
+        if checkpoint.adapter is not None:
+            _settle_adapter(model, checkpoint.adapter, lora, getattr(torch, dtype))
     except Refused:
         raise
     except _not_the_files():
@@ -89,8 +94,6 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
-        raise Refused(f"{checkpoint.folder} holds no {path.name}; download the tokenizer of the same checkpoint")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder, local_files_only=True)
     known = tokenizer.get_added_vocab()
     for token in (_image_token(checkpoint, tokenizer), *PROMPT_TOKENS):
@@ -177,8 +180,40 @@ def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
         )
 
 
-def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None) -> None:
-    """Put the adapter on the decoder, and into its weights where there is a format to round them to."""
+def _settle_adapter(model: Any, adapter: Adapter, lora: str, dtype: torch.dtype) -> None:
+    """Put the adapter on the decoder, see whether the weights hold it already, and do with it what was asked for."""
+    _check_copies(adapter)
+    layers, missing_keys = _inject(model, adapter)
+    if lora != "none":  # what is left of an adapter that was merged need not be whole
+        _check_adapter_layers(adapter.where, layers, model.config.num_hidden_layers, missing_keys)
+    shares = _merge(layers, dtype) if lora == "merged" else [_share(*_weight_and_delta(x)) for x in layers.values()]
+    check_shares(str(adapter.where), shares, lora)
+    if lora != "adapter":
+        _take_off(model, layers)
+    if lora == "merged":
+        for parameter in model.parameters():  # not the buffers: rotary frequencies are not to be rounded
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_copies(adapter: Adapter) -> None:
+    """An adapter in two places is the same in both, but for a rounding. The first row of each matrix tells."""
+    rows = _read({name: adapter.tensors[name] for name in adapter.copies if name in adapter.tensors}, slice(1))
+    for name, copy in _read(adapter.copies, slice(1)).items():
+        row = rows.get(name)
+        if row is None or row.shape != copy.shape or (row - copy).norm() > ROUNDING * row.norm():
+            path, stored = adapter.copies[name]
+            raise Refused(
+                f"{adapter.where} holds two vision LoRAs, one among the weights and one in {path.parent.name}, which "
+                f"differ at {stored}; expected one, remove the other ({path.parent.name}, or the .lora_ tensors)"
+            )
+
+
+def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], list[str]]:
+    """Put peft's layers on the model.
+
+    Returns:
+        These layers by their names, and the names of the tensors that the adapter lacks.
+    """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     config = LoraConfig.from_peft_type(**adapter.settings)
@@ -189,7 +224,7 @@ def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None)
         for layer in layers.values():  # float32 whatever the model's format, so that merging rounds once
             layer.lora_A[ADAPTER_NAME].float()
             layer.lora_B[ADAPTER_NAME].float()
-        loaded = set_peft_model_state_dict(model, _adapter_tensors(adapter), ADAPTER_NAME)
+        loaded = set_peft_model_state_dict(model, _read(adapter.tensors), ADAPTER_NAME)
     except _not_the_files():
         raise
     except (ValueError, RuntimeError) as error:
@@ -202,9 +237,7 @@ def _add_adapter(model: Any, adapter: Adapter, merged_dtype: torch.dtype | None)
             f"{adapter.where} holds {loaded.unexpected_keys[0]}, which the model has no place for; "
             "use the adapter of the same checkpoint"
         )
-    _check_adapter_layers(adapter.where, layers, model.config.num_hidden_layers, loaded.missing_keys)
-    if merged_dtype is not None:
-        _merge(model, layers, merged_dtype)
+    return layers, loaded.missing_keys
 
 
 def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missing_keys: Iterable[str]) -> None:
@@ -237,18 +270,18 @@ def _acts(layer: Any) -> bool:
     return bool(layer.scaling[ADAPTER_NAME]) and all(matrix.any() for matrix in _matrices(layer))
 
 
-def _adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The adapter in float32, by the names that the library's model has."""
+def _read(tensors: dict[str, tuple[Path, str]], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, or some rows of them, in float32, by the names that the library's model has."""
     from safetensors import safe_open
 
     by_file: dict[Path, dict[str, str]] = defaultdict(dict)
-    for name, (path, stored) in adapter.tensors.items():
+    for name, (path, stored) in tensors.items():
         by_file[path][name] = stored
-    tensors = {}
+    found = {}
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(stored).float() for name, stored in names.items()})
-    return tensors
+            found.update({name: file.get_slice(stored)[rows].float() for name, stored in names.items()})
+    return found
 
 
 def _adapter_layers(model: Any) -> dict[str, Any]:
@@ -257,14 +290,36 @@ def _adapter_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _merge(model: Any, layers: dict[str, Any], dtype: torch.dtype) -> None:
-    """Add the adapter to the weights in float32, take peft's layers away; round every parameter once, to `dtype`."""
+def _merge(layers: dict[str, Any], dtype: torch.dtype) -> list[float]:
+    """Add the adapter to the weights in float32, and round the sum once, to `dtype`.
+
+    Returns:
+        Its share in the weights of each layer before.
+    """
+    shares = []
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        base.weight.data = base.weight.data.float()
-        layer.merge(safe_merge=True)
-        base.weight.data = base.weight.data.to(dtype)
+        weight, delta = _weight_and_delta(layer)
+        shares.append(_share(weight, delta))
+        delta += weight
+        if not delta.isfinite().all():
+            raise Refused(f"{name} with its vision LoRA is not finite; download the checkpoint again")
+        layer.get_base_layer().weight.data = delta.to(dtype)
+    return shares
+
+
+def _weight_and_delta(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projection's weights, and what its adapter adds to them; both float32, and as large."""
+    return layer.get_base_layer().weight.data.float(), layer.get_delta_weight(ADAPTER_NAME)
+
+
+def _share(weight: torch.Tensor, delta: torch.Tensor) -> float:
+    """How much of `delta` is in `weight`, <weight, delta> / <delta, delta>. NaN where there is nothing of it."""
+    weight, delta = weight.flatten(), delta.flatten()
+    return (weight.dot(delta) / delta.dot(delta)).item()
+
+
+def _take_off(model: Any, layers: dict[str, Any]) -> None:
+    """Put the projections themselves where peft's layers are."""
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies are not to be rounded
-        parameter.data = parameter.data.to(dtype)
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
