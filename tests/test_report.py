@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
 from test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 
-from vqa_embeddings.agreement import agrees, count_yes_no, verdict
+from vqa_embeddings.agreement import accepted_answers, agrees, count_yes_no, verdict
 from vqa_embeddings.charts import project
 from vqa_embeddings.coverage import Coverage
 from vqa_embeddings.demo import DATA
@@ -249,6 +249,71 @@ def test_yes_and_no_are_counted_by_truth_and_answer():
     pairs = [("Yes", "yes"), ("no.", "yes"), ("maybe", "no"), ("No!", "No"), ("no", "two"), ("x", "")]
     assert count_yes_no(pairs) == Counter({("yes", "yes"): 1, ("yes", "no"): 1, ("no", "other"): 1, ("no", "no"): 1})
     assert verdict("no") == "no" and verdict("¡Yes!") == "yes" and verdict("") == "other"
+
+
+THREE = ["it's 'a' 'b'", 'the "no" sign', "no"]
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        *[str(THREE), json.dumps(THREE), json.dumps(THREE, indent=1), str(np.array(THREE)), str(tuple(THREE))],
+        *[str([{"answer": text, "answer_id": 1} for text in THREE]), f" {json.dumps([*THREE, None])}\n"],
+    ],
+)
+def test_a_list_of_answers_is_read_however_it_was_written(truth):
+    assert accepted_answers(truth) == THREE
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        *[
+            "yes",
+            "",
+            "(a)",
+            "[no parking]",
+            "[]",
+            "[10, 20, 30, 40]",
+            "['a', 3]",
+            "{'a': 1}",
+            "['a'",
+            r"['a\']",
+            "[[]]",
+        ],
+        *[30_000 * "[", 30_000 * "['a'", str(["a"] * 20_000)],
+    ],
+    ids=lambda truth: truth[:20],
+)
+def test_what_is_no_list_of_answers_is_an_answer(truth):
+    assert accepted_answers(truth) == [truth]
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "expected"),
+    [
+        *[
+            ("Yes.", "['yes', 'yes', 'no']", True),
+            ("no", "['yes', 'yes', 'no']", True),
+            ("It is red", "['yes']", False),
+        ],
+        *[("It is red", "['blue' 'red']", True), ("a red", "[{'answer': 'red'}]", True), ("x", "['', ' ']", None)],
+        *[("blue", '["red", ""]', False), ("x", "[]", None), (r"\d", r"['\d']", True)],
+    ],
+)
+def test_one_answer_of_a_list_has_to_agree(answer, truth, expected, recwarn):
+    assert agrees(answer, truth) is expected
+    assert not recwarn.list
+
+
+def test_a_list_counts_as_what_most_of_its_answers_say():
+    pairs = [
+        ("no", "['yes', 'Yes', 'no']"),
+        ("no", "['no', 'yes']"),
+        ("no", "['red', 'red', 'no']"),
+        ("x", "['', 'no']"),
+    ]
+    assert count_yes_no(pairs) == Counter({("yes", "no"): 1, ("no", "other"): 1})
 
 
 def test_thumbnails_come_only_from_below_the_folder(tmp_path):

@@ -182,7 +182,10 @@ class Page:
         if not agree + differ:
             return ""
         share = f"{agree / (agree + differ):.1%} of {agree + differ:,} answers agree with the ground truth"
-        rule = "a yes or no by the answer's first word, any other truth where it stands in the answer, word for word"
+        rule = (
+            "a yes or no by the answer's first word, any other truth where it stands in the answer, word for word; "
+            "of a list any, in the table the most frequent"
+        )
         text = f'<h2>Agreement</h2>\n<p>{share}; of {self._of}. <span class="soft">Compared: {rule}.</span></p>'
         if not any(map(sum, self.yes_no)):
             return text
