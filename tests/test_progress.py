@@ -69,16 +69,17 @@ def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     assert time.monotonic() - begun < 60 and not out.exists()
     lines = planned.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
-        *("rows", "done before", "this launch", "vectors", "model", "device", "numbers")
+        *("rows", "columns", "done before", "this launch", "vectors", "model", "device", "numbers")
     ]
     assert lines[0] == "rows: 31 on 5 pictures, 1 to 14 (6.2 on average) questions a picture"
+    assert lines[1] == "columns: question_id, image_id as the picture, question, answer as the ground truth"
     found = re.fullmatch(
         r"this launch: (\d+) rows to do now, 2 ranks \(by torchrun\), about (\d+) rows each, "
         r"slice 0 of 2 with (\d+) rows",
-        lines[2],
+        lines[3],
     )
     assert found and found[1] == found[3] and abs(int(found[2]) - int(found[1]) / 2) <= 1
-    assert "layers 0, 2, 4, 6, 7" in lines[4] and "float32 (asked for)" in lines[6]
+    assert "layers 0, 2, 4, 6, 7" in lines[5] and "float32 (asked for)" in lines[7]
 
     assert run(command(0, *photographs, "--output-dir", out, "--slice", "0/2")).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}

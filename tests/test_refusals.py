@@ -41,6 +41,11 @@ def refused(*arguments: object, saying: str) -> None:
         (b"\x89PNG\r\n\x1a\n\0\0\0\xff\xfe", "not UTF-8 text"),
         (b"question_id,image_id,question\na\0b,x.jpg,q\n", "NUL"),
         (b"id,image_id,question\n1,x.jpg,q\n", "no column question_id"),
+        (
+            b"question_id,image_id,image_name,question\n1,5,x.jpg,q\n",
+            "image_id and image_name, and the first values of",
+        ),
+        (b'{"question_id": 1, "image_id": "x.jpg", "question": "q"}\n', "is JSON lines; expected CSV"),
         (b"question_id,picture,question\n1,x.jpg,q\n", "no column image_id or image_name"),
         ((HEADER + "1,x.jpg,q,a\n1,y.jpg,q,a\n").encode(), "line 3: '1' is there already"),
         ((HEADER + ",x.jpg,q,a\n").encode(), "cannot name an HDF5 group"),

@@ -46,6 +46,7 @@ def brief(
     """The plan, a sentence a line."""
     stock, pending = launch.stock, launch.slice_pending
     yield f"rows: {run.rows} on {describe_pictures(launch.pictures)}"
+    yield f"columns: {table.columns.describe()}"
     again = ", tried again now" if options.retry_failed else ""
     yield f"done before: {stock.extracted} rows extracted, {stock.failed} failed{again}"
     index, count = launch.slice

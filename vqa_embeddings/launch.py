@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,13 @@ import numpy as np
 
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, versions
+from vqa_embeddings.errors import RowFailed
 from vqa_embeddings.files import copy_file, new_csv
-from vqa_embeddings.folder import PictureFolder
+from vqa_embeddings.folder import PictureFolder, locate
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.plan import pack, share_rows, unpack
-from vqa_embeddings.run import SHARDS_FOLDER, Run
+from vqa_embeddings.run import SHARDS_FOLDER, Run, known_columns
 from vqa_embeddings.table import Table, read_rows, read_table, sample, select
 from vqa_embeddings.world import World, from_rank_zero, new_launch, read_array_slice
 
@@ -66,7 +67,7 @@ def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[
     path, images = options.vqa_dataset, options.images_dir
     assert path is not None and images is not None  # parse_extract and demo_options see to it
     folder = PictureFolder(images)
-    table = read_table(path)
+    table = read_table(path, known_columns(options.output_dir), lambda names: find_files(folder.path, names))
     if not options.test:
         return table, folder, lambda target: copy_file(path, target)
     chosen = sample(len(table), TEST_ROWS)
@@ -79,6 +80,18 @@ def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[
                     add(row)
 
     return select(table, chosen), folder, write_sample
+
+
+def find_files(folder: Path, names: Sequence[str]) -> list[Path | None]:
+    """Where each of these pictures lies below `folder`; None where it does not."""
+
+    def find(name: str) -> Path | None:
+        try:
+            return locate(folder, name)
+        except RowFailed:
+            return None
+
+    return list(map(find, names))
 
 
 def describe_run(
@@ -103,6 +116,7 @@ def describe_run(
         device=device.kind,
         versions=versions(),
         images_dir=str(options.images_dir.resolve()) if options.images_dir else "",
+        columns=dict(table.columns.names),
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Run:
     versions: dict[str, str]
     created_at: str = ""
     images_dir: str = ""  # where its pictures lay, for the report's small ones
+    columns: dict[str, str] = field(default_factory=dict)  # of its table, by role; of earlier versions empty
 
     @property
     def row_bytes(self) -> int:
@@ -147,17 +148,24 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        named = (field.name for field in fields(Run) if field.name in values or field.default is MISSING)
-        return Run(**{name: values[name] for name in named})
+        return Run(**{known.name: values[known.name] for known in fields(Run) if known.name in values})
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(
             f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "
             "check --output-dir or run the extraction first"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Refused(
             f"{path} is not a run of this program ({error!r}); restore it or use a new --output-dir"
         ) from None
+
+
+def known_columns(folder: Path) -> dict[str, str] | None:
+    """The columns that the run in `folder` was begun with; None where there is none, or `check_run` will refuse it."""
+    try:
+        return read_run(folder).columns
+    except (Refused, OSError):
+        return None
 
 
 def read_run_rows(folder: Path, run: Run) -> Table:
@@ -169,7 +177,7 @@ def read_run_rows(folder: Path, run: Run) -> Table:
     path = folder / ROWS_FILE
     if not path.exists():
         raise Refused(f"{path} is not there; expected the run's table, start the extraction again to write it")
-    table = read_table(path)
+    table = read_table(path, run.columns)
     if table.fingerprint() != run.rows_sha256:
         raise Refused(f"{path} is not the table that {RUN_FILE} names; put the original CSV back in its place")
     return table
@@ -188,8 +196,10 @@ def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
     differing = [name for name in IDENTITY if getattr(found, name) != getattr(wanted, name)]
     if not differing:
         return
+    if "rows_sha256" in differing and found.columns and found.columns != wanted.columns:
+        differing.append("columns")
     described = "; ".join(
-        f"{IDENTITY[name]}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
+        f"{IDENTITY.get(name, name)}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
         for name in differing
     )
     raise Refused(
@@ -198,5 +208,5 @@ def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = ", ".join(value.values()) if isinstance(value, dict) else str(value)
     return text[:12] if len(text) == 64 else text

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
@@ -16,16 +14,16 @@ from typing import overload
 
 import numpy as np
 
+from vqa_embeddings import columns
+from vqa_embeddings.columns import Columns
+from vqa_embeddings.csvfile import check_text, find_delimiter, read_records
 from vqa_embeddings.errors import Refused
 
-ID_COLUMN = "question_id"
-IMAGE_COLUMNS = ("image_id", "image_name")
-QUESTION_COLUMN = "question"
-ANSWER_COLUMNS = ("answer", "gt_answer", "ground_truth_answer")
 NAMED_ROWS = 3  # how many offending rows an error names
 BLOCK_ROWS = 1024  # of a table in memory: larger blocks are no faster to read, and slower to make
-CHUNK_BYTES = 1 << 20  # of a file that is looked through
-FIELD_CHARACTERS = 1 << 26  # a longer field is a quotation mark that was never closed: 4 bytes each while it is read
+FIRST_ROWS, LOOKED_FOR = 1000, 20  # the first rows of a table, and pictures of them that are looked for
+
+Finder = Callable[[Sequence[str]], Sequence[Path | None]]  # where the files of these names lie
 
 
 class Table:
@@ -43,13 +41,15 @@ class Table:
         truths: Iterable[str] = (),
     ) -> None:
         self._blocks: list[bytes] = []
+        self.columns = Columns()  # that it was read from
         self._starts = array("q", [0])  # where each row begins, counted over all blocks, and where the last one ends
         self._add(zip(ids, images, questions, truths, strict=True))
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Sequence[str]]) -> Table:
+    def from_rows(cls, rows: Iterable[Sequence[str]], read_from: Columns | None = None) -> Table:
         """A table of rows, each `(id, image, question, truth)`; they may come one after another from a file."""
         table = cls()
+        table.columns = read_from or table.columns
         table._add(rows)
         return table
 
@@ -133,25 +133,31 @@ class Column(Sequence[str]):
         return chain.from_iterable(fields[self._place :: 4] for fields in self._table.blocks())
 
 
-def read_table(path: Path) -> Table:
-    """Read a CSV of questions.
+def read_table(path: Path, known: Mapping[str, str] | None = None, find_files: Finder | None = None) -> Table:
+    """Read a CSV of questions. Between its fields may be a comma, a semicolon, a tab or a `|`, as its header says.
 
+    Args:
+        known: the columns of the run that it belongs to, as `columns.choose` takes them.
+        find_files: tells which of several columns names the pictures; without it the first that may.
     Raises:
         Refused: the file is missing, not UTF-8 or UTF-16 text, no CSV, without the columns, or without rows; or an
             id is empty, ".", repeated, or holds a "/" or a NUL, none of which can name a group of an HDF5 file.
     """
-    _check_text(path)
-    records = _records(path)
-    _, header = next(records, (0, []))
-    if not any(header):
-        raise Refused(f"{path} is empty; expected a CSV with the columns question_id, image_id, question and answer")
-    *columns, truth = _columns(path, header)
-    rows = map(itemgetter(1), records)
-    if truth is None:
-        take = itemgetter(*columns)
-        table = Table.from_rows((*take(row), "") for row in rows)
-    else:
-        table = Table.from_rows(map(itemgetter(*columns, truth), rows))
+    check_text(path)
+    delimiter = find_delimiter(path)
+    rows = map(itemgetter(1), read_records(path, delimiter))
+    header = columns.clean(next(rows, []), known)
+    _check_header(path, header)
+    first = list(islice(rows, FIRST_ROWS))
+    candidates = columns.undecided(header, known)
+    files = _look_for_files(path, candidates, header, first, find_files) if find_files else None
+    chosen = replace(columns.choose(header, known, files), delimiter=delimiter)
+    for name in chosen.names.values():
+        if header.count(name) > 1:
+            raise Refused(f"{path} has {header.count(name)} columns {name}; expected one, rename or remove the others")
+    places = [header.index(name) for name in chosen.names.values()]
+    taken = map(itemgetter(*places), chain(first, rows))
+    table = Table.from_rows(taken if len(places) == 4 else ((*row, "") for row in taken), chosen)
     if not len(table):
         raise Refused(f"{path} has a header and no rows; expected one question a row, check --vqa-dataset")
     _check_ids(path, table.ids)
@@ -166,98 +172,39 @@ def sample(count: int, size: int) -> list[int]:
 
 def read_rows(path: Path) -> tuple[list[str], Iterator[list[str]]]:
     """The header of a CSV that `read_table` accepted, and its rows one after another, all columns as they are."""
-    records = _records(path)
-    _, header = next(records)
-    return header, map(itemgetter(1), records)
+    records = map(itemgetter(1), read_records(path, find_delimiter(path)))
+    return next(records), records
 
 
 def select(table: Table, positions: Iterable[int]) -> Table:
     """The rows at these positions, as a table of their own."""
-    return Table.from_rows(map(table.row, positions))
+    return Table.from_rows(map(table.row, positions), table.columns)
 
 
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """A file that cannot be opened or read is refused."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise Refused(f"{path} is not there; expected the CSV of questions, check --vqa-dataset") from None
-    except OSError as error:
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    if not any(header):
+        raise Refused(f"{path} is empty; expected a CSV with the columns question_id, image_id, question and answer")
+    found = columns.find(header)
+    absent = [" or ".join(columns.NAMES[role]) for role in columns.NEEDED if not found[role]]
+    if absent:
+        shown = ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in header)
+        raise Refused(f"{path} has no column {', '.join(absent)}; found {shown}; rename its columns or add what lacks")
+
+
+def _look_for_files(
+    path: Path, candidates: Sequence[str], header: Sequence[str], first: Sequence[Sequence[str]], find_files: Finder
+) -> columns.Files:
+    """Where the files of the first values of these columns lie, none of which comes twice; of no column nothing."""
+    places = [header.index(name) for name in candidates]
+    distinct = dict.fromkeys(tuple(row[place] for place in places) for row in first)
+    values = list(zip(*islice(distinct, LOOKED_FOR), strict=True))
+    files = {name: find_files(some) for name, some in zip(candidates, values, strict=bool(values))}
+    if values and not any(map(any, files.values())):
         raise Refused(
-            f"{path} cannot be read ({error.strerror}); expected the CSV of questions, check its permissions"
-        ) from None
-
-
-def _encoding(path: Path) -> str:
-    """UTF-16 where the file begins with its byte-order mark, UTF-8 otherwise."""
-    if path.exists() and not path.is_file():
-        raise Refused(f"{path} is not a regular file; expected the CSV of questions, write it to a file first")
-    with _refusing(path), open(path, "rb") as stream:
-        return "utf-16" if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-
-
-def _check_text(path: Path) -> None:
-    """Refuse a file that is not text, or holds a NUL, saying where. Reads it once, a chunk at a time."""
-    encoding = _encoding(path)
-    decoder = codecs.getincrementaldecoder(encoding)()
-    end, line = 0, 1
-    with _refusing(path), open(path, "rb") as stream:
-        while True:
-            chunk = stream.read(CHUNK_BYTES)
-            end += len(chunk)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                name = "UTF-16" if encoding == "utf-16" else "UTF-8"
-                byte = end - len(error.object) + error.start
-                raise Refused(f"{path} is not {name} text (byte {byte}); save it as UTF-8 CSV") from None
-            if "\0" in text:
-                line += text.count("\n", 0, text.index("\0"))
-                raise Refused(
-                    f"{path} line {line} holds a NUL character; expected text, remove it or export the table again"
-                )
-            line += text.count("\n")
-            if not chunk:
-                return
-
-
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV with the line each begins on, all as long as the first; blank lines are no records."""
-    csv.field_size_limit(FIELD_CHARACTERS)
-    line = 1
-    width = 0
-    with _refusing(path), open(path, encoding=_encoding(path), newline="") as stream:
-        # strict: a quotation mark that is never closed would otherwise swallow the rest of the table without a word
-        reader = csv.reader(stream, strict=True)
-        try:
-            for row in reader:
-                if row:
-                    width = width or len(row)
-                    if len(row) != width:
-                        raise Refused(
-                            f"{path} line {line} has {len(row)} fields; expected {width}, as in its header: "
-                            "mend that line"
-                        )
-                    yield line, row
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise Refused(f"{path} line {line} is not CSV ({error}); check the quotation marks from there on") from None
-
-
-def _columns(path: Path, header: list[str]) -> tuple[int, int, int, int | None]:
-    def find(names: tuple[str, ...]) -> int | None:
-        name = next((name for name in names if name in header), None)
-        if name is not None and header.count(name) > 1:
-            raise Refused(f"{path} has {header.count(name)} columns {name}; expected one, rename or remove the others")
-        return None if name is None else header.index(name)
-
-    identity, image, question = find((ID_COLUMN,)), find(IMAGE_COLUMNS), find((QUESTION_COLUMN,))
-    if identity is None or image is None or question is None:
-        wanted = {ID_COLUMN: identity, " or ".join(IMAGE_COLUMNS): image, QUESTION_COLUMN: question}
-        absent = ", ".join(name for name, position in wanted.items() if position is None)
-        raise Refused(f"{path} has no column {absent}; found {', '.join(header)}; rename its columns or add what lacks")
-    return identity, image, question, find(ANSWER_COLUMNS)
+            f"{path} has the columns {' and '.join(candidates)}, and the first values of neither are pictures (such as "
+            f"{' and '.join(repr(some[0]) for some in values)}); expected those of one to be, check --images-dir"
+        )
+    return files
 
 
 def _check_ids(path: Path, ids: Sequence[str]) -> None:
@@ -276,7 +223,7 @@ def _check_ids(path: Path, ids: Sequence[str]) -> None:
     if bad:
         named = "; ".join(f"line {line}: {bad[position]}" for position, line in _lines(path, bad))
         raise Refused(
-            f"{path} holds ids that cannot be used ({named}); every {ID_COLUMN} must be unique, "
+            f"{path} holds ids that cannot be used ({named}); every {columns.IDENTITY} must be unique, "
             'not empty, not ".", and without "/": rename these'
         )
 
@@ -293,5 +240,5 @@ def _suspects(ids: Sequence[str]) -> np.ndarray:
 def _lines(path: Path, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Each of these positions of rows with the line of the CSV that its row begins on."""
     wanted = set(positions)
-    records = islice(_records(path), 1, max(wanted) + 2)
+    records = islice(read_records(path, find_delimiter(path)), 1, max(wanted) + 2)
     return ((position, line) for position, (line, _) in enumerate(records) if position in wanted)
