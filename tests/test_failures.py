@@ -14,6 +14,7 @@ from published_reader import read_published
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
+from vqa_embeddings.table import read_table
 
 BAD = {
     "missing.jpg": "PictureNotFound",
@@ -91,6 +92,48 @@ def test_one_good_row_among_bad_ones_comes_out_right(tmp_path, damaged, checkpoi
     assert now["bad 0"]["answer"] == next(iter(rows.values()))["answer"]
     coverage = json.loads((out / "coverage.json").read_text())
     assert (coverage["extracted"], coverage["failed"], coverage["missing"]) == (2, 9, 0)
+
+
+SEMICOLONS = """question_id;image_id;image_name;question;answer;gt_answer
+1;7;cat.jpg;;a model's;yes
+2;7;cat.jpg;"Is it; here, a cat?";a model's;['yes', 'no']
+3;8;gone.jpg; ;;yes
+4;7;cat.jpg;nan;;no
+"""
+
+
+def test_a_row_without_a_question_fails_before_its_picture_is_looked_for(tmp_path, checkpoint):
+    (tmp_path / "vqa.csv").write_text(SEMICOLONS)
+    (tmp_path / "images").mkdir()
+    shutil.copy(DATA / "cat.jpg", tmp_path / "images")
+    out = tmp_path / "out"
+    inputs = [*arguments_for(tmp_path / "vqa.csv", checkpoint, tmp_path / "images"), "--max-new-tokens", 2]
+    done = run(command(0, *inputs, "--output-dir", out))
+    assert done.returncode == 0, done.stderr
+    assert "2 rows extracted, 2 failed, 0 left" in done.stdout
+    assert "columns: question_id, image_name as the picture (1 of its first 2 values are files" in done.stdout
+    assert "; delimiter ';'\n" in done.stdout
+    warnings = [line.partition(":")[2] for line in done.stdout.splitlines() if line.startswith("warning:")]
+    assert warnings == [
+        " no question in 2 rows, first '1': recorded as failed",
+        " question 'nan' in row '4': it looks like a missing value, and is asked as it stands",
+    ]
+
+    shutil.rmtree(tmp_path / "images")  # from here on only the run knows which column names the pictures
+    (tmp_path / "images").mkdir()
+    assert "nothing to do" in run(command(0, *inputs, "--output-dir", out)).stdout
+    assert merge(out).returncode == 4
+    rows = read_published(out)
+    assert {key: (row["image_id"], row["question"], row["ground_truth_answer"]) for key, row in rows.items()} == {
+        "2": ("cat.jpg", "Is it; here, a cat?", "['yes', 'no']"),
+        "4": ("cat.jpg", "nan", "no"),
+    }
+    failed = read_csv(out / "failed.csv")
+    assert [(row["question_id"], row["error"]) for row in failed] == [("1", "QuestionEmpty"), ("3", "QuestionEmpty")]
+    assert failed[0]["message"].startswith("the row has no question, or only white space; expected text, ")
+    given = list(csv.DictReader(SEMICOLONS.splitlines(), delimiter=";"))
+    assert [{name: row[name] for name in given[0]} for row in failed] == [given[0], given[2]]
+    assert read_table(out / "failed.csv").ids[:] == ["1", "3"]
 
 
 def test_a_picture_is_shown_as_its_exif_says(tmp_path, checkpoint, reference):

@@ -61,3 +61,8 @@ def test_the_pictures_of_a_rank_come_as_they_are_asked_for():
     assert asked == [0, 1, 2]
     assert list(groups) == [("y", [2]), ("z", [3, 4])]
     assert all(type(row) is int for _, found in _by_picture(table, np.arange(5)) for row in found)
+
+
+def test_rows_without_a_question_are_apart_from_the_others_of_their_picture_and_come_with_none():
+    table = Table("abcdef", ["x", "x", "x", "y", "y", "z"], ["?", " \n", "?", "", "\u3000", "?"], "123456")
+    assert list(_by_picture(table, range(6))) == [(None, [1]), ("x", [0, 2]), (None, [3, 4]), ("z", [5])]

@@ -17,6 +17,7 @@ from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.parts import count_part_bytes
 from vqa_embeddings.run import Run, nearest
+from vqa_embeddings.survey import survey
 from vqa_embeddings.table import Table
 from vqa_embeddings.voice import say
 from vqa_embeddings.world import World
@@ -69,6 +70,7 @@ def brief(
     absent = find_absent(folder, table, launch)
     if absent:
         yield f"warning: {absent}; check --images-dir"
+    yield from (f"warning: {oddity}" for oddity in survey(table))
     if not pending:
         yield f"nothing to do; next: python merge_shards.py --output-dir {shlex.quote(str(options.output_dir))}"
 

@@ -38,6 +38,10 @@ class PictureUnreadable(RowFailed):
     """The file is there, but no picture can be made of it."""
 
 
+class QuestionEmpty(RowFailed):
+    """The row's question has no text, or nothing but white space."""
+
+
 class PromptTooLong(RowFailed):
     """The prompt has more tokens than the model's context."""
 

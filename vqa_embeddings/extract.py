@@ -16,7 +16,7 @@ from vqa_embeddings.batch import Batch, Seated, size_cache
 from vqa_embeddings.cache import CacheSize, Prefix
 from vqa_embeddings.compute import is_out_of_memory
 from vqa_embeddings.decoder import NOT_FINITE
-from vqa_embeddings.errors import NonFiniteValues, RowFailed, StorageFailed
+from vqa_embeddings.errors import NonFiniteValues, QuestionEmpty, RowFailed, StorageFailed
 from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.images import open_picture, read_ahead
 from vqa_embeddings.opener import Openers
@@ -30,6 +30,10 @@ Record = Extracted | Failed
 
 GRACE_SECONDS = 10.0  # for the rows under way, after a request to stop; schedulers mostly kill after 30 or 60
 OTHER_FORMAT = "try --dtype bfloat16 or float32 in another --output-dir"
+NO_QUESTION = (
+    "the row has no question, or only white space; expected text, leave the row out, or write its question and "
+    "extract into another --output-dir"
+)
 USUAL_QUESTION = 256  # tokens of a row's own that its seat has room for beside the answer; longer ones are rare
 
 
@@ -59,7 +63,9 @@ def extract(
     """
     open_ = Openers() if workers else open_picture
 
-    def prepare(group: tuple[str, list[int]]) -> Pixels:
+    def prepare(group: tuple[str | None, list[int]]) -> Pixels:
+        if group[0] is None:
+            raise QuestionEmpty(NO_QUESTION)
         return model.pixels(folder.read(group[0], open_))
 
     failures: list[StorageFailed] = []
@@ -407,9 +413,20 @@ def _check_finite(name: str, vector: np.ndarray) -> None:
         )
 
 
-def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
-    """Each picture with its rows, made as they are asked for: a rank may have a million."""
-    return ((name, list(group)) for name, group in groupby(map(int, rows), table.images.__getitem__))
+def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str | None, list[int]]]:
+    """Each picture with its rows, made as they are asked for: a rank may have a million.
+
+    Rows without a question come before the others of their picture, and with none.
+    """
+    for name, group in groupby(map(int, rows), table.images.__getitem__):
+        empty: list[int] = []
+        asked: list[int] = []
+        for row in group:
+            (asked if table.questions[row].strip() else empty).append(row)
+        if empty:
+            yield None, empty
+        if asked:
+            yield name, asked
 
 
 def _failed(row: int, failure: RowFailed) -> Failed:

@@ -98,6 +98,12 @@ class Table:
         """The fields of some rows, row after row, and then of some more, to the end."""
         return (block[:-1].decode().split("\0") for block in self._blocks)
 
+    def spans(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        """Some rows as they are kept, and then some more: UTF-8, and where each field begins, int64 `[rows, 4]`."""
+        for block in self._blocks:
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0) + 1
+            yield block, np.append(0, ends[:-1]).reshape(-1, 4)
+
     def pictures(self) -> np.ndarray:
         """The picture of each row as a number, int64 `[n]`, counted by first appearance."""
         numbers: defaultdict[str, int] = defaultdict(count().__next__)

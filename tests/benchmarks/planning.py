@@ -31,6 +31,7 @@ from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.run import check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.shards import Segment, ShardWriter, read_segments
 from vqa_embeddings.stages import Stages
+from vqa_embeddings.survey import survey
 from vqa_embeddings.table import read_table
 
 ROWS, QUICK_ROWS = 10_000_000, 200_000
@@ -132,6 +133,8 @@ def _plan(clock: Stages, path: Path, out: Path) -> float:
         rows = read_table(path)
     with clock("fingerprint"):
         fingerprint = rows.fingerprint()
+    with clock("look for what a program has changed"):
+        list(survey(rows))
     with clock("number the pictures"):
         pictures = rows.pictures()
     pending = np.ones(len(rows), bool)
