@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flash_stand_in
 import h5py
@@ -28,6 +29,7 @@ from vqa_embeddings.checkpoint import find_checkpoint
 from vqa_embeddings.compute import Device, _no_flash_package, choose_attention, choose_dtype
 from vqa_embeddings.demo import DATA
 from vqa_embeddings.errors import Refused
+from vqa_embeddings.hub import NATIVE_REVISION
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.layouts import IMAGE_TOKENS
 from vqa_embeddings.options import MODEL
@@ -93,21 +95,98 @@ def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
     assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == description["pre_tokenizer"]
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ABSENT = {"image_id": "missing.jpg"}  # so that a run needs no time
+
+
+def fill_cache(cache: Path, checkpoint: Path, revision: str = NATIVE_REVISION, commit: str = COMMIT) -> Path:
+    """Lay a checkpoint into a cache as the hub's library does. Returns its snapshot."""
+    repository = cache / f"models--{MODEL.replace('/', '--')}"
+    ref = repository / "refs" / revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(commit)
+    return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
+
+
 def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path, checkpoint):
     """From a cache that was filled before, as on a cluster's nodes without a network."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "cache" / f"models--{MODEL.replace('/', '--')}"
-    shutil.copytree(checkpoint, repository / "snapshots" / commit)
-    (repository / "refs" / "refs" / "pr").mkdir(parents=True)
-    (repository / "refs" / "refs" / "pr" / "70").write_text(commit)
-    rows = [{**row, "image_id": "missing.jpg"} for row in table_rows()[:1]]
+    fill_cache(tmp_path / "cache", checkpoint)
+    rows = [{**row, **ABSENT} for row in table_rows()[:1]]
     inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
     inputs += ["--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out"]
     done = run(command(0, *inputs))
     assert done.returncode == 0, done.stderr
     described = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (described["model"], described["revision"], described["layout"]) == (MODEL, commit, "native")
-    refused(*inputs, "--revision", "main", saying="revision main) is neither a folder nor to be had")
+    assert (described["model"], described["revision"], described["layout"]) == (MODEL, COMMIT, "native")
+    held = f"looked in {tmp_path / 'cache'} (which has {NATIVE_REVISION}); check --model"
+    refused(*inputs, "--revision", "main", saying=held)
+
+
+def test_without_cache_dir_the_hubs_own_cache_is_used_and_named_where_it_lacks_the_model(
+    tmp_path, checkpoint, monkeypatch
+):
+    """The real command, on a node without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging face"))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    hubs = tmp_path / "hugging face" / "hub"
+    rows = [{**row, **ABSENT} for row in table_rows()[:1]]
+    inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
+    fill_cache(hubs, checkpoint, "main", COMMIT[::-1])
+    refused(*inputs, saying=f"looked in model_cache and in {hubs} (which has main); check --model and the network")
+    fill_cache(hubs, checkpoint)
+    done = run(command(0, *inputs, "--plan"))
+    assert done.returncode == 0, done.stderr
+    assert f"model: {MODEL} (native layout, " in done.stdout
+    assert not (tmp_path / "model_cache").exists()
+
+
+@pytest.fixture
+def two_caches(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """This program's own cache and the hub library's, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "model_cache", tmp_path / "hub"
+
+
+def test_a_model_that_an_earlier_run_downloaded_is_not_downloaded_again(two_caches, checkpoint, monkeypatch):
+    own, _ = two_caches
+    monkeypatch.setenv("HF_HOME", str(own.parent))
+    snapshot = fill_cache(own, checkpoint)
+    assert find_checkpoint(MODEL, None, None).folder.resolve() == snapshot
+
+
+@pytest.mark.parametrize("named", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", None])
+def test_a_new_model_goes_to_the_hubs_cache_where_the_environment_names_one(two_caches, monkeypatch, named):
+    own, hubs = two_caches
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv(named, str(hubs))
+    asked = []
+
+    def snapshot_download(model: str, **how: Any) -> None:
+        asked.append(how)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(Refused, match="no network; looked in model_cache and in "):
+        find_checkpoint(MODEL, None, None)
+    assert asked[-1]["cache_dir"].resolve() == (hubs if named else own)
+    assert [how["local_files_only"] for how in asked] == [True, True, False]
+
+
+@pytest.mark.parametrize("lacking", ["model.safetensors", None])
+def test_a_download_that_was_cut_off_does_not_hide_a_whole_one(two_caches, checkpoint, lacking):
+    own, hubs = two_caches
+    first, second = fill_cache(own, checkpoint), fill_cache(hubs, checkpoint)
+    if lacking:
+        (first / lacking).unlink()
+    assert find_checkpoint(MODEL, None, None).folder.resolve() == (second if lacking else first)
 
 
 COSINE = 0.999

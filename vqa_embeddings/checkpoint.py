@@ -10,10 +10,10 @@ from typing import Any
 
 from vqa_embeddings.adapters import check_patterns, lora_among, lora_in_folder, settings_among, settings_in_folder
 from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.hub import download
 from vqa_embeddings.layouts import LAYOUTS, PROCESSOR_FILES, TOKENIZER_FILES, find_layout, is_read, refuse_wrapped
 from vqa_embeddings.options import MODEL
 
-NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
 CONFIG = "config.json"
 BELOW = ("*", "snapshots/*", "models--*/snapshots/*")  # where checkpoints lie in a folder of some, or in a hub's cache
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,10 +51,11 @@ class Checkpoint:
     adapter: Adapter | None = field(repr=False)  # None only where `--lora none` needs none
 
 
-def find_checkpoint(model: str, revision: str | None, cache_dir: Path, lora: str = "merged") -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lora: str = "merged") -> Checkpoint:
     """Find a checkpoint in a local folder or on the hub, and check it without importing torch.
 
     Args:
+        cache_dir: where a hub model lies, or goes to; None: see `hub.choose_cache`.
         lora: what becomes of the vision adapter; "none" where the weights hold it, and no other has to be there.
     Raises:
         Refused: it is not there, not whole, of an unknown layout, or without a vision adapter.
@@ -66,7 +67,7 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path, lora: str
             f"{model} is not there; expected a checkpoint folder or a hub name such as {MODEL}, check --model"
         )
     else:
-        folder, revision = _download(model, revision, cache_dir)
+        folder, revision = download(model, revision, cache_dir, _is_whole)
     try:
         if not (folder / CONFIG).exists():
             _refuse_other_folders(folder)
@@ -88,23 +89,6 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path, lora: str
 def kept_layers(count: int) -> list[int]:
     """The decoder layers whose states are kept: the first, the quarters and the last of `count`."""
     return sorted({0, count // 4, count // 2, 3 * count // 4, count - 1})
-
-
-def _download(model: str, revision: str | None, cache_dir: Path) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-
-    revision = revision or (NATIVE_REVISION if model == MODEL else "main")
-    wanted, unwanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"], ["speech-lora/*"]
-    try:
-        path = snapshot_download(
-            model, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, ignore_patterns=unwanted
-        )
-    except Exception as error:  # no network, no such model, no access: the hub has many ways to say no
-        raise Refused(
-            f"{model} (revision {revision}) is neither a folder nor to be had from the hub: {one_line(error)}; "
-            "check --model and the network, or give the folder of a downloaded checkpoint"
-        ) from None
-    return Path(path), Path(path).name  # a snapshot's folder is named after its commit
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -177,6 +161,14 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
             f"{folder / weight_map[absent]} lacks {absent}, which {INDEX} says it holds; download the checkpoint again"
         )
     return tensors
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all of the weights are there, which a download that was cut off lacks."""
+    try:
+        return bool(_find_tensors(folder))
+    except Refused:
+        return False
 
 
 def _tensors_of(path: Path) -> dict[str, tuple[Path, str]]:

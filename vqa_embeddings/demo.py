@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vqa_embeddings import __version__
 from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.options import ExtractOptions
+from vqa_embeddings.options import MODEL_CACHE, ExtractOptions
 from vqa_embeddings.weights import quiet_library
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def demo_options(options: ExtractOptions) -> ExtractOptions:
         options,
         vqa_dataset=options.vqa_dataset or DATA / "vqa.csv",
         images_dir=options.images_dir or DATA,
-        model=options.model or str(_cached_checkpoint(options.cache_dir)),
+        model=options.model or str(_cached_checkpoint(options.cache_dir or MODEL_CACHE)),
     )
 
 

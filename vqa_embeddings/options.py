@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = "microsoft/Phi-4-multimodal-instruct"
+MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there too
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 LORA = ("merged", "adapter", "none")
@@ -24,7 +25,7 @@ class ExtractOptions:
     output_dir: Path
     model: str | None
     revision: str | None
-    cache_dir: Path
+    cache_dir: Path | None  # None: `./model_cache` or the hub library's, see `hub.choose_cache`
     checkpoint_interval: int
     test: bool
     plan: bool
@@ -62,7 +63,9 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--images-dir", type=Path, metavar="DIR", help="folder of the pictures (required unless --demo)")
     add("--output-dir", type=Path, metavar="OUT", default="./output", help="where shards and parts go (%(default)s)")
     add("--model", help=f"hub name or folder of the checkpoint (default: {MODEL})")
-    add("--cache-dir", type=Path, metavar="DIR", default="./model_cache", help="where downloads go (%(default)s)")
+    cache = "cache of hub models (default: the hub library's own where HF_HOME or its like is set or it has the model, "
+    cache += f"else ./{MODEL_CACHE})"
+    add("--cache-dir", type=Path, metavar="DIR", help=cache)
     add("--checkpoint-interval", type=_positive, metavar="N", default=1000, help="rows of a segment (%(default)s)")
     add("--test", action="store_true", help="extract 3 rows only, sampled with seed 42")
 

@@ -26,6 +26,7 @@ STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0
 LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks ask the same metadata server
 STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
 ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
+HUB_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")  # where the hub library has its cache
 PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which ranks agree
 
 
@@ -201,6 +202,11 @@ def read_queued_job(environment: Mapping[str, str] = os.environ) -> QueuedJob | 
     if "SLURM_ARRAY_TASK_ID" in env:
         name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return QueuedJob(name, int(env.get("SLURM_RESTART_COUNT", "0")))
+
+
+def names_hub_cache(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment says where the hub library has its cache."""
+    return any(environment.get(name) for name in HUB_CACHE)
 
 
 def new_launch() -> str:
