@@ -75,6 +75,44 @@ def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
     assert image_processor.dynamic_hd == 36
 
 
+def reverse_flags(folder: Path, tokens: list[str], *flags: str) -> None:
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text())
+    for token in description["added_tokens"]:
+        if token["content"] in tokens:
+            token.update({flag: not token[flag] for flag in flags})
+    path.write_text(json.dumps(description))
+
+
+SPACED = ["Why?", "  Why?", "Why? ", "\n\tWhy?\u00a0 ", " "]
+
+
+def test_white_space_around_a_question_is_what_the_native_layout_makes_of_it(checkpoint, original, tmp_path):
+    """Whatever the flags of the original layout's tokens are: the same tokens, the same vectors and answers."""
+    copy = shutil.copytree(original, tmp_path / "model")
+    tokens = [IMAGE_TOKENS["original"], "<|user|>", "<|end|>", "<|assistant|>"]
+    reverse_flags(copy, tokens, "rstrip", "lstrip", "normalized", "single_word")
+    native, other = load(checkpoint), load(copy)
+    assert [other.question(text) for text in SPACED] == [native.question(text) for text in SPACED]
+    assert len({tuple(native.question(text)) for text in SPACED}) == len(SPACED), "otherwise this shows nothing"
+    asked = [(open_picture(DATA / "cat.jpg"), SPACED)]
+    for found, wanted in zip(ask(other, asked), ask(native, asked), strict=True):
+        assert found.answer == wanted.answer
+        for name in ("vision_only", "vision_token", "query_token"):
+            assert np.array_equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_a_native_tokenizer_with_other_flags_is_followed_as_the_library_follows_it(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    reverse_flags(copy, [IMAGE_TOKENS["native"]], "rstrip")
+    reverse_flags(copy, ["<|end|>"], "lstrip")
+    model = load(copy)
+    for text in SPACED:
+        whole = model._tokenizer(f"<|user|><|image|>{text}<|end|><|assistant|>")["input_ids"]
+        assert whole == model._head + model.question(text)
+    assert model.question("  Why? ") == model.question("Why?")
+
+
 def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(original, tmp_path):
     copy = shutil.copytree(original, tmp_path / "model")
     edit_json(copy / "config.json", vision_config=None)

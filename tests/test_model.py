@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import flash_stand_in
@@ -12,6 +13,7 @@ from conftest import TOKENS, table_rows
 from PIL import Image
 from reference import relative_error
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.normalizers import NFC
 
 from vqa_embeddings.batch import Batch
 from vqa_embeddings.cache import CacheSize
@@ -174,6 +176,31 @@ def test_added_tokens_that_are_not_special_are_text_in_a_question_too(model):
     backend.add_tokens([AddedToken("<|tool|>", special=False)])
     assert backend.token_to_id("<|tool|>") in backend.encode("a <|tool|> b").ids
     assert backend.token_to_id("<|tool|>") not in _without_added_tokens(backend).encode("a <|tool|> b").ids
+
+
+HARD = [
+    "",
+    " ",
+    "<|end|>",
+    "a <|tool|> b<|image|> ",
+    "<|user|>\n<|endoftext|>",
+    "caf\u00e9 cafe\u0301 \u4f60\u597d \U0001f642\u200d",
+]
+HARD += ["\0\ufffd\u2028\u00a0x", "x" * 5000, "Why? " * 2000, "".join(map(chr, range(0x20, 0xD800, 7)))]
+
+
+@pytest.mark.parametrize("normalizer", [None, NFC()])
+def test_plain_text_is_split_as_by_the_same_tokenizer_written_out_without_its_added_tokens(model, normalizer):
+    backend = Tokenizer.from_str(model._tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("<|tool|>", special=False)])
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    description = json.loads(backend.to_str())
+    written_out = Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
+    shared = _without_added_tokens(backend)
+    for text in HARD:
+        assert shared.encode(text).ids == written_out.encode(text).ids
+    assert backend.to_str() == json.dumps(description, separators=(",", ":"), ensure_ascii=False), "it was changed"
 
 
 @pytest.mark.parametrize("text", ["Why?", "  Why?", "Why? ", "\n\tWhy?\u00a0", "", " ", "caf\u00e9 \u4f60\u597d"])

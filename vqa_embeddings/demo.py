@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vqa_embeddings import __version__
 from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.layouts import IMAGE_RSTRIP
 from vqa_embeddings.options import MODEL_CACHE, ExtractOptions
 from vqa_embeddings.weights import quiet_library
 
@@ -27,8 +28,8 @@ NOTICE = "demo: the weights are random, so the answers are noise; the photograph
 # The model's own, and whether white space after them is swallowed.
 SPECIAL_TOKENS = {
     "<|endoftext|>": False,
-    "<|image|>": True,
-    "<|audio|>": True,
+    "<|image|>": IMAGE_RSTRIP,
+    "<|audio|>": IMAGE_RSTRIP,
     "<|assistant|>": True,
     "<|end|>": True,
     "<|user|>": True,

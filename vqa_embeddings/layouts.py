@@ -23,6 +23,10 @@ PROCESSOR_FILES = {
     "native": "processor_config.json (or preprocessor_config.json, where it has that)",
     "original": "preprocessor_config.json",
 }
+# Whether white space beside them belongs to the native layout's placeholder and end token. The library's converter made
+# that placeholder from the model's own added token by renaming it; of the model's tokens only those of roles and tools
+# swallow white space, and that after them.
+IMAGE_RSTRIP, END_LSTRIP = False, False
 
 # Patterns of tensor names in the original layout, and what the library's model calls them. They match no native name.
 # No picture reaches the audio tower, so that its names need none.

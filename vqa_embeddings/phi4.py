@@ -11,7 +11,6 @@ What the library (transformers 5.17 to 5.24) does silently wrong is closed here 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from vqa_embeddings.checkpoint import kept_layers
 from vqa_embeddings.compute import send
 from vqa_embeddings.decoder import Decoder
 from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
+from vqa_embeddings.layouts import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
 from vqa_embeddings.vision import Pixels, Vision
 
 # What the tokenizer's `rstrip` tokens swallow after them: Unicode's White_Space, which str.strip() exceeds.
@@ -68,8 +68,10 @@ class Phi4:
         self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.convert_tokens_to_ids("<|end|>")}
         self._plain = _without_added_tokens(self._tokenizer.backend_tokenizer)
         placeholder = tokenizer.convert_ids_to_tokens(self._image_token)
-        self._end_swallows = self._strips("<|end|>", "lstrip")
-        self._image_swallows = self._strips(placeholder, "rstrip")
+        self._end_swallows, self._image_swallows = END_LSTRIP, IMAGE_RSTRIP
+        if placeholder != IMAGE_TOKENS["original"]:  # a native tokenizer, whose own flags are the rule
+            self._end_swallows = self._strips("<|end|>", "lstrip")
+            self._image_swallows = self._strips(placeholder, "rstrip")
         self._head = tokenizer("<|user|>" + placeholder)["input_ids"]
         self._tail = tokenizer("<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
 
@@ -154,7 +156,13 @@ class Phi4:
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer for plain text: `split_special_tokens` would leave those added tokens that are not special."""
-    description = json.loads(tokenizer.to_str())
-    description.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    return Tokenizer.from_str(json.dumps(description))
+    """The same tokenizer for plain text: `split_special_tokens` would leave those added tokens that are not special.
+
+    It shares the other's vocabulary, which is large.
+    """
+    plain = Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        plain.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        plain.pre_tokenizer = tokenizer.pre_tokenizer
+    return plain
