@@ -65,7 +65,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         return
     joined = check_run(options.output_dir, run, make=not options.plan)
     launch = start(options, world, run, table)
-    say_plan(world, options, run, launch, table, pictures, device, dtype, attention)
+    say_plan(world, options, run, launch, table, pictures, device, dtype, attention, checkpoint)
     if options.plan:
         return
     if not len(launch.rows):

@@ -33,7 +33,7 @@ from vqa_embeddings.hub import NATIVE_REVISION
 from vqa_embeddings.images import open_picture
 from vqa_embeddings.layouts import IMAGE_TOKENS
 from vqa_embeddings.options import MODEL
-from vqa_embeddings.weights import load_model
+from vqa_embeddings.weights import _load_image_processor, load_model
 
 PART = "phi4_multimodal_embeddings_part_001.h5"
 
@@ -73,6 +73,53 @@ def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
         assert name == other_name and torch.equal(tensor, other)
     assert renamed.config.vision_config.image_token_id == tokenizer.convert_tokens_to_ids("<|endoftext10|>")
     assert image_processor.dynamic_hd == 36
+
+
+def overwrite_preprocessor(folder: Path, **settings: object) -> None:
+    """As fine-tunes are saved: the audio extractor's settings over the pictures', which stand in the other file."""
+    audio = {"feature_extractor_type": "Phi4MultimodalFeatureExtractor", "sampling_rate": 16000, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(audio))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings, "audio_processor": audio}))
+
+
+def test_pictures_are_prepared_as_the_checkpoint_says_in_both_layouts(copy):
+    from transformers import Phi4MultimodalImageProcessor
+
+    settings = {"dynamic_hd": 4, "image_mean": [0.1, 0.2, 0.3], "image_std": 0.25, "do_rescale": True}
+    overwrite_preprocessor(copy, **settings)
+    found = find_checkpoint(str(copy), None, copy)
+    assert (found.pictures.crops, found.pictures.crops_from) == (4, "processor_config.json (image_processor)")
+    picture = [open_picture(DATA / "cat.jpg").resize((1000, 1000))]
+    made = _load_image_processor(found)(images=picture, return_tensors="pt")
+    wanted = Phi4MultimodalImageProcessor(**{**settings, "image_std": [0.25] * 3})(images=picture, return_tensors="pt")
+    assert made["image_pixel_values"].shape[1] == 5  # nine without the setting, and the global view
+    for name in wanted:
+        assert torch.equal(torch.as_tensor(made[name]), torch.as_tensor(wanted[name]))
+
+
+def test_settings_of_pictures_that_no_picture_can_have_are_refused_before_any_row(copy):
+    overwrite_preprocessor(copy, image_mean=[0.5, 0.5])
+    with pytest.raises(Refused, match="cannot be loaded: "):
+        load(copy)
+
+
+def test_an_answer_ends_where_either_file_of_the_checkpoint_says(copy):
+    """One of them used to be asked, and the other one only where that said nothing."""
+    asked = [(open_picture(DATA / "cat.jpg"), ["Why?"])]
+    whole = load(copy)
+    written = []
+    whole.text = lambda tokens: str(written.append(list(tokens)))
+    ask(whole, asked)
+    end, *more = written[0]
+    assert more, "this answer shows nothing"
+    for file in ("config.json", "generation_config.json"):
+        before = (copy / file).read_text()
+        edit_json(copy / file, eos_token_id=end)
+        engine = load(copy)
+        assert engine._ends >= {end, engine._tokenizer.convert_tokens_to_ids("<|end|>")}
+        [found] = ask(engine, asked)
+        assert found.answer == engine.text([end])
+        (copy / file).write_text(before)
 
 
 def reverse_flags(folder: Path, tokens: list[str], *flags: str) -> None:
@@ -154,6 +201,8 @@ def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path,
     inputs += ["--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out"]
     done = run(command(0, *inputs))
     assert done.returncode == 0, done.stderr
+    assert "crops: 36 a picture at most, by processor_config.json (image_processor); " in done.stdout
+    assert "; end tokens: <|endoftext|> (512), <|end|> (516)\n" in done.stdout
     described = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (described["model"], described["revision"], described["layout"]) == (MODEL, COMMIT, "native")
     held = f"looked in {tmp_path / 'cache'} (which has {NATIVE_REVISION}); check --model"
@@ -455,6 +504,15 @@ def test_a_tokenizer_without_the_prompts_tokens_is_refused(copy, token, saying):
     path = copy / "tokenizer.json"
     path.write_text(path.read_text().replace(token, "<|other|>"))
     refused(*asked_of(copy), saying=saying[copy.name])
+
+
+def test_an_end_token_that_only_the_tokenizers_settings_name_is_refused(copy):
+    """The library would give it a new id, which no answer ends with."""
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|end|>", "<|other|>"))
+    edit_json(copy / "tokenizer_config.json", extra_special_tokens=["<|end|>"])
+    with pytest.raises(Refused, match=r"has no special token <\|end\|>"):
+        load(copy)
 
 
 def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, count_processes
 from vqa_embeddings.errors import RowFailed
 from vqa_embeddings.folder import PictureFolder, locate
@@ -17,6 +18,7 @@ from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.parts import count_part_bytes
 from vqa_embeddings.run import Run, nearest
+from vqa_embeddings.settings import CROPS, PictureSettings
 from vqa_embeddings.survey import survey
 from vqa_embeddings.table import Table
 from vqa_embeddings.voice import say
@@ -43,6 +45,7 @@ def brief(
     device: Device,
     dtype: Choice,
     attention: Choice,
+    checkpoint: Checkpoint,
 ) -> Iterator[str]:
     """The plan, a sentence a line."""
     stock, pending = launch.stock, launch.slice_pending
@@ -60,6 +63,7 @@ def brief(
         f"{size(parts)} for the parts later; {size(free)} free in {options.output_dir}"
     )
     yield f"model: {run.model} ({run.layout} layout, vision LoRA {run.lora}), layers {', '.join(map(str, run.layers))}"
+    yield f"{describe_crops(checkpoint.pictures)}; end tokens: {', '.join(checkpoint.ends.values())}"
     yield f"device: {device.description}{describe_devices(device)}"
     if device.memory:
         yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
@@ -84,6 +88,12 @@ def describe_pictures(pictures: np.ndarray) -> str:
     each = f"{fewest}" if fewest == most else f"{fewest} to {most} ({counts.mean():.1f} on average)"
     questions = "question" if most == 1 else "questions"
     return f"{len(counts)} picture{'s' * (len(counts) > 1)}, {each} {questions} a picture"
+
+
+def describe_crops(pictures: PictureSettings) -> str:
+    """How finely pictures are seen, and who says so."""
+    source = f"by {pictures.crops_from}" if pictures.crops_from else f"assumed: no file of the checkpoint names {CROPS}"
+    return f"crops: {pictures.crops} a picture at most, {source}"
 
 
 def describe_ranks(world: World, pending: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.hub import download
 from vqa_embeddings.layouts import LAYOUTS, PROCESSOR_FILES, TOKENIZER_FILES, find_layout, is_read, refuse_wrapped
 from vqa_embeddings.options import MODEL
+from vqa_embeddings.settings import PictureSettings, added_tokens, find_ends, find_picture_settings
 
 CONFIG = "config.json"
 BELOW = ("*", "snapshots/*", "models--*/snapshots/*")  # where checkpoints lie in a folder of some, or in a hub's cache
+PICTURE_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FOLDER = "vision-lora"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +52,8 @@ class Checkpoint:
     fingerprint: str
     config: dict[str, Any] = field(repr=False)
     adapter: Adapter | None = field(repr=False)  # None only where `--lora none` needs none
+    pictures: PictureSettings = field(repr=False)
+    ends: dict[int, str] = field(repr=False)  # the tokens that end an answer, by their ids: what each is called
 
 
 def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lora: str = "merged") -> Checkpoint:
@@ -81,7 +86,8 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
             raise _quantised(folder, "quantization_config in config.json")
         dtype = _stored_dtype(folder, {name: stored for name, (_, stored) in tensors.items()})
         adapter = _find_adapter(folder, config, tensors, lora)
-        return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter)
+        told = _find_pictures(folder, config, layout), _find_ends(folder, config, layout)
+        return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter, *told)
     except OSError as error:
         raise Refused(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
 
@@ -264,6 +270,25 @@ def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
         return layers, int(config.get("hidden_size", 3072)), int(vision.get("hidden_size", 1152))
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise Refused(f"{folder / CONFIG} gives no sizes of the model; download the checkpoint again") from None
+
+
+def _find_pictures(folder: Path, config: dict[str, Any], layout: str) -> PictureSettings:
+    files = _read_those(folder, PICTURE_FILES)
+    if layout == "native" and not files:  # the original layout has its settings in code
+        raise Refused(f"{folder} holds neither {' nor '.join(PICTURE_FILES)}; download the whole checkpoint")
+    return find_picture_settings(str(folder), files, config)
+
+
+def _find_ends(folder: Path, config: dict[str, Any], layout: str) -> dict[int, str]:
+    with open(folder / "tokenizer.json", encoding="utf-8", errors="replace") as stream:
+        names = added_tokens(stream, _read_those(folder, ["tokenizer_config.json"]).get("tokenizer_config.json", {}))
+    files = {"config.json": config, **_read_those(folder, ["generation_config.json"])}
+    return find_ends(str(folder), files, layout == "native", names)
+
+
+def _read_those(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The JSON files of these names that are there."""
+    return {name: read_json(folder / name) for name in names if (folder / name).exists()}
 
 
 def _fingerprint(folder: Path) -> str:

@@ -82,19 +82,16 @@ def find_layout(where: str, config: dict[str, Any]) -> str:
     return LAYOUTS[found]
 
 
-def native_settings(original: dict[str, Any], image_token: int, audio_token: int, end_token: int) -> dict[str, Any]:
+def native_settings(original: dict[str, Any], image_token: int, audio_token: int) -> dict[str, Any]:
     """The settings of an original checkpoint, as the library's `Phi4MultimodalConfig` takes them.
 
     Args:
         original: its `config.json`.
-        image_token: the placeholder's id in its tokenizer; so `audio_token`, `end_token`.
+        image_token: the placeholder's id in its tokenizer; so `audio_token`.
     """
-    ends = original.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return {
         **{name: original[name] for name in SHARED_SETTINGS if name in original},
         "tie_word_embeddings": original.get("tie_word_embeddings", True),
-        "eos_token_id": sorted({*ends, end_token}),
         "vision_config": {**(original.get("vision_config") or {}), "image_token_id": image_token},
         "audio_config": {"audio_token_id": audio_token},
     }

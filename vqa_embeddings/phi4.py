@@ -64,8 +64,7 @@ class Phi4:
         self._image_processor = image_processor
         self._context: int = config.max_position_embeddings
         self._short_context = self.decoder.rotary.short_context or self._context
-        ends = model.generation_config.eos_token_id or config.eos_token_id
-        self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.convert_tokens_to_ids("<|end|>")}
+        self._ends = set(model.generation_config.eos_token_id)  # as `Checkpoint.ends` has them
         self._plain = _without_added_tokens(self._tokenizer.backend_tokenizer)
         placeholder = tokenizer.convert_ids_to_tokens(self._image_token)
         self._end_swallows, self._image_swallows = END_LSTRIP, IMAGE_RSTRIP

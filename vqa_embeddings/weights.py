@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from vqa_embeddings.adapters import check_shares
-from vqa_embeddings.checkpoint import Adapter, Checkpoint, read_json
+from vqa_embeddings.checkpoint import Adapter, Checkpoint
 from vqa_embeddings.compute import keep_float32
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, is_read, native_settings
@@ -66,6 +68,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
             use_safetensors=True,
         )
         _check_tensors(checkpoint, loading)
+        model.generation_config.eos_token_id = list(checkpoint.ends)
         if checkpoint.adapter is not None:
             _settle_adapter(model, checkpoint.adapter, lora, getattr(torch, dtype))
     except Refused:
@@ -97,7 +100,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder, local_files_only=True)
     known = tokenizer.get_added_vocab()
     for token in (_image_token(checkpoint, tokenizer), *PROMPT_TOKENS):
-        if token not in known:
+        if token not in known or (token == "<|end|>" and known[token] not in checkpoint.ends):
             raise Refused(
                 f"{path} has no special token {token}; expected the prompt's own tokens, "
                 "download the tokenizer of the same checkpoint"
@@ -110,21 +113,15 @@ def _image_token(checkpoint: Checkpoint, tokenizer: Any) -> str:
 
 
 def _load_image_processor(checkpoint: Checkpoint) -> Any:
+    """The library's own in either layout, given what the checkpoint says.
+
+    By itself it reads one of the places where that may stand, and takes its own values where it finds none there.
+    """
     from transformers import Phi4MultimodalImageProcessor
 
-    path = checkpoint.folder / "preprocessor_config.json"
-    if checkpoint.layout == "native":
-        if not path.exists() and not (checkpoint.folder / "processor_config.json").exists():
-            raise Refused(
-                f"{checkpoint.folder} holds neither processor_config.json nor {path.name}; "
-                "download the whole checkpoint"
-            )
-        return Phi4MultimodalImageProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
-    # The original file names a class of downloaded code; of its settings the library's class knows this one.
-    crops = read_json(path).get("dynamic_hd", 36) if path.exists() else 36
-    if not isinstance(crops, int) or crops < 1:
-        raise Refused(f"{path} has dynamic_hd {crops!r}; expected a number of crops, download the checkpoint again")
-    return Phi4MultimodalImageProcessor(dynamic_hd=crops)
+    processor = Phi4MultimodalImageProcessor(**checkpoint.pictures.given)
+    processor(images=[Image.new("RGB", (28, 28))], return_tensors="pt")  # what cannot be would fail every row
+    return processor
 
 
 def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
@@ -135,7 +132,7 @@ def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
     image_token = known[_image_token(checkpoint, tokenizer)]
     if checkpoint.layout == "original":
         audio_token = known.get(ORIGINAL_AUDIO_TOKEN, image_token)
-        return Phi4MultimodalConfig(**native_settings(checkpoint.config, image_token, audio_token, known["<|end|>"]))
+        return Phi4MultimodalConfig(**native_settings(checkpoint.config, image_token, audio_token))
     config = Phi4MultimodalConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     if config.vision_config.image_token_id != image_token:
         raise Refused(
