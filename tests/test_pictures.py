@@ -58,11 +58,21 @@ def test_what_is_no_picture_is_refused_with_a_reason(tmp_path, openers, name):
     assert {path.name for path in tmp_path.iterdir()} == {name}, "something has been written, or run"
 
 
-@pytest.mark.parametrize("name", ["script.eps", "layers.psd", "paper.pdf", "vector.svg", "film.mp4"])
-def test_formats_that_are_not_for_photographs_are_not_even_tried(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("script.eps", "a PostScript document"),
+        ("layers.psd", "a Photoshop document"),
+        ("paper.pdf", "a PDF document"),
+        ("vector.svg", "an SVG drawing"),
+        ("film.mp4", "a video"),
+    ],
+)
+def test_formats_that_are_not_for_photographs_are_not_even_tried(tmp_path, monkeypatch, name, kind):
     """Pillow would start Ghostscript for some."""
     lay(tmp_path, name, UNREADABLE[name])
-    with pytest.raises(PictureUnreadable, match="it is none of JPEG, MPO, PNG"):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it is tried"))
+    with pytest.raises(PictureUnreadable, match=f": it is {kind}, which is not read; convert it to JPEG or PNG$"):
         open_picture(tmp_path / name)
 
 

@@ -13,6 +13,8 @@ from typing import TypeVar
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed
+from vqa_embeddings.kinds import foreign
+from vqa_embeddings.samples import doubt
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -46,27 +48,33 @@ def read_file(path: Path) -> bytes:
 def decode(path: Path, data: bytes) -> Image.Image:
     """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
 
-    Transparency is left out, as the published script does. Of 16 bits of grey the upper eight are taken, as a viewer
-    does; Pillow's own conversion would make all that is not nearly black white.
+    Transparency, gamma and colour profiles are left out, as the published script does. Of 16 bits a channel the upper
+    eight are taken, as a viewer does; Pillow's own conversion would make all greys that are not nearly black white.
 
     Args:
         path: where it was read, for messages.
     Raises:
-        PictureUnreadable: it is no whole picture of a format in `FORMATS`.
+        PictureUnreadable: it is no whole picture of a format in `FORMATS`, or not of those that were seen to be shown
+            right (`samples`).
     """
+    if reason := foreign(data) or doubt(data):
+        raise refused(path, reason)
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as picture:
             picture.load()
-            return _eight_bits(_upright(picture)).convert("RGB")
+            return _upright(_eight_bits(picture)).convert("RGB")
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
         raise unreadable(path, _reason(error)) from None
 
 
 def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """What is raised about a file of which no picture can be made."""
-    return PictureUnreadable(
-        f"{path.name} cannot be read as a picture: {reason}; expected a whole one, mend or replace it", errno
-    )
+    return refused(path, f"{reason}; expected a whole one, mend or replace it", errno)
+
+
+def refused(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
+    """What is raised about a file for a reason that says what to do."""
+    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}", errno)
 
 
 def _reason(error: Exception) -> str:
@@ -93,7 +101,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """The picture with 8 bits a channel; ValueError where its numbers do not say what is white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if picture.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers, of which none is white; save it with 8 or 16 bits")

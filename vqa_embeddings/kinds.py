@@ -1,0 +1,115 @@
+"""What a file is that is no picture of a format that is read: told by its first bytes, for the reason of its rows."""
+
+from __future__ import annotations
+
+HEAD = 1024  # bytes in which a page says that it is one
+CONVERT = "convert it to JPEG or PNG"
+AGAIN = "fetch the picture again"
+
+# What a file begins with, and what it then is. Of several that fit, the first.
+BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\x0a", "a JPEG XL picture"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
+    (b"II\xbc", "a JPEG XR picture"),
+    (b"MM\0\x2b", "a BigTIFF whose numbers begin with the higher byte"),
+    (b"8BPS", "a Photoshop document"),
+    (b"gimp xcf", "a GIMP document"),
+    (b"%PDF-", "a PDF document"),
+    (b"%!PS", "a PostScript document"),
+    (b"\xc5\xd0\xd3\xc6", "a PostScript document"),
+    (b"AT&TFORM", "a DjVu document"),
+    (b"P7", "a PAM picture"),
+    (b"PF", "a PFM picture, whose pixels are floats"),
+    (b"Pf", "a PFM picture, whose pixels are floats"),
+    (b"v/1\x01", "an OpenEXR picture, whose pixels are floats"),
+    (b"#?RADIANCE", "a Radiance picture, whose pixels are floats"),
+    (b"SIMPLE  =", "a FITS file"),
+    (b"DDS ", "a DirectDraw surface"),
+    (b"qoif", "a QOI picture"),
+    (b"BPG\xfb", "a BPG picture"),
+    (b"FLIF", "a FLIF picture"),
+    (b"icns", "a macOS icon"),
+    (b"\0\0\2\0", "a Windows cursor"),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
+    (b"\x01\xda\0", "an SGI picture"),
+    (b"\x01\xda\1", "an SGI picture"),
+    (b"\x59\xa6\x6a\x95", "a Sun raster"),
+    (b"FUJIFILMCCD-RAW", "a raw camera file"),
+    (b"IIRO", "a raw camera file"),
+    (b"IIRS", "a raw camera file"),
+    (b"MMOR", "a raw camera file"),
+    (b"IIU\0", "a raw camera file"),
+    (b"FOVb", "a raw camera file"),
+    (b"II\x1a\0\0\0HEAPCCDR", "a raw camera file"),
+    (b"\x1a\x45\xdf\xa3", "a video"),
+    (b"\0\0\1\xba", "a video"),
+    (b"\0\0\1\xb3", "a video"),
+    (b"OggS", "a video"),
+    (b"FLV\1", "a video"),
+    (b"PK\3\4", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\0", "an xz archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+)
+LATER: tuple[tuple[int, bytes, str], ...] = (
+    (8, b"CR\2\0", "a raw camera file"),
+    (8, b"AVI ", "a video"),
+    (128, b"DICM", "a DICOM file"),
+    (257, b"ustar", "a tar archive"),
+)
+# What the first box of MPEG's containers names, by how it begins; AVIF is read.
+BRANDS: tuple[tuple[bytes, str], ...] = (
+    (b"crx", "a raw camera file"),
+    (b"hei", "a HEIC picture"),
+    (b"hev", "a HEIC picture"),
+    (b"avif", ""),
+    (b"avis", ""),
+)
+# What a server sends in place of a picture. XML may also be a drawing.
+PAGES = {b"<!doctype html": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML document"}
+
+
+def foreign(data: bytes) -> str | None:
+    """Why no picture can be made of this file, where its first bytes say that it is something else.
+
+    Returns:
+        What it is and what to do; None where it may be a picture.
+    """
+    if not data:
+        return f"it is empty; {AGAIN}"
+    if not data.strip(b"\0"):
+        return f"it holds nothing but zeros; {AGAIN}"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer and not the picture itself; fetch that with `git lfs pull`"
+    kind = _of_bytes(data) or _of_brands(data) or _of_text(data[:HEAD].lower())
+    if kind in PAGES.values():
+        return f"it is {kind} and not a picture; {AGAIN}"
+    return f"it is {kind}, which is not read; {CONVERT}" if kind else None
+
+
+def _of_bytes(data: bytes) -> str | None:
+    marks = [*((0, mark, kind) for mark, kind in BEGINNINGS), *LATER]
+    return next((kind for place, mark, kind in marks if data.startswith(mark, place)), None)
+
+
+def _of_brands(data: bytes) -> str | None:
+    """By the brands of the first box: the major one, and for the general ones of still pictures those beside it."""
+    if data[4:8] != b"ftyp":
+        return None
+    length = int.from_bytes(data[:4], "big")
+    major, beside = data[8:12], [data[i : i + 4] for i in range(16, min(length, HEAD), 4)]
+    brands = beside if major in (b"mif1", b"msf1", b"miaf") else [major]
+    found = [kind for brand in brands for start, kind in BRANDS if brand.startswith(start)]
+    return found[0] if found else "a HEIF picture" if brands is beside else "a video"
+
+
+def _of_text(head: bytes) -> str | None:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    page = next((kind for mark, kind in PAGES.items() if text.startswith(mark)), None)
+    drawing = text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text
+    return "an SVG drawing" if drawing else page
