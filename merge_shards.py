@@ -29,9 +29,7 @@ def main() -> int:
     world = World()
     try:
         world = read_ranks()
-        if options.check and not world.main:
-            return 0
-        outcome = check(options.output_dir) if options.check else merge(options, world)
+        outcome = (check if options.check else merge)(options, world)
     except Refused as refusal:
         return refuse(refusal, world)
     except (StorageFailed, OSError) as failure:

@@ -16,6 +16,7 @@ from conftest import merge
 from published_reader import read_published
 
 from vqa_embeddings import merge as merging
+from vqa_embeddings.errors import Refused
 from vqa_embeddings.files import sha256
 from vqa_embeddings.holdings import look
 from vqa_embeddings.options import parse_merge
@@ -229,6 +230,89 @@ def test_check_says_the_same_and_writes_nothing(out):
     assert looked.returncode == 3
     assert f"rows: {ROWS}; extracted: 9; failed: 0; missing: 14" in looked.stdout
     assert contents(out) == before
+
+
+def everything(out: Path) -> dict[Path, tuple[int, bytes]]:
+    """All files and folders, each with its time and content."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in [out, *out.rglob("*")]
+    }
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("segment", "part", "failed", "status", "to_write"),
+    [
+        (0, 5, [], 0, 1),  # what the one held, the other still holds
+        (1, 2, [], 3, 0),
+        (5, None, [12, 22], 4, 0),
+    ],
+)
+def test_a_check_that_verifies_finds_what_a_merge_would_and_touches_nothing(
+    out, monkeypatch, segment, part, failed, status, to_write
+):
+    monkeypatch.setattr(merging, "write_report", lambda *_: None)  # which takes longest
+    commit(out, [record(row) for row in range(ROWS) if row not in failed])
+    commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in failed])
+    asked = ["--output-dir", str(out), "--part-size", str(PART_SIZE), "--verify"]
+    merging.merge(parse_merge(None, asked))
+    paths = [*sorted(out.glob("shards/launch0-r0/*.h5")), *sorted(out.glob("*.h5"))]
+    damaged = [paths[segment]] if segment is not None else []
+    damaged += [out / PART.format(part)] if part else []
+    for path in damaged:
+        flip(path)
+    before = everything(out)
+    checked = merging.check(parse_merge(None, [*asked, "--check"]))
+    assert everything(out) == before
+    merged = merging.merge(parse_merge(None, asked))
+    assert checked.status == merged.status == status
+    assert checked.corrupt == merged.corrupt and [found.path for found in merged.corrupt] == damaged
+    for flags in ("extracted", "failed", "missing"):
+        assert np.array_equal(getattr(checked.coverage, flags), getattr(merged.coverage, flags))
+    assert merged.written == to_write
+    assert checked.shards[-1].endswith(f" parts were hashed; a merge would write {to_write} parts")
+
+
+def test_a_check_that_verifies_is_the_same_by_several_processes(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    asked = ["--output-dir", str(out), "--part-size", str(PART_SIZE)]
+    merging.merge(parse_merge(None, [*asked, "--prune"]))
+    flip(out / PART.format(2))
+    before = everything(out)
+    quick, alone = (parse_merge(None, [*asked[:2], "--check"]), parse_merge(None, [*asked, "--check", "--verify"]))
+    assert merging.check(quick).status == 0, "a look that is quick sees no flipped bit"
+    several = merge(out, *asked[2:], "--check", "--verify", "--jobs", 2)
+    assert several.returncode == merging.check(alone).status == 3
+    assert several.stdout.splitlines() == list(merging.check(alone).sentences(alone))
+    assert several.stdout.splitlines()[:2] == [
+        f"not used: {out / PART.format(2)}: its SHA-256 is not the one that coverage.json recorded",
+        "0 segments and 5 parts were hashed; a merge would write 0 parts",
+    ]
+    with pytest.raises(Refused, match="made with --part-size 5, found --part-size 1000 now"):
+        merging.check(parse_merge(None, [*asked[:2], "--check", "--verify"]))
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--check", "--prune"],
+        ["--check", "--verify", "--prune"],
+        ["--check", "--verify", "--compression", "gzip"],
+        ["--check", "--layout", "columnar"],
+        ["--check", "--part-size", "5"],
+    ],
+)
+def test_options_that_a_check_would_not_follow_are_refused(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_merge(None, given)
+    assert ended.value.code == 2
+    assert f"{given[-1] if given[-1].startswith('--') else given[-2]} would have no effect" in capsys.readouterr().err
 
 
 def test_pruning_removes_only_what_verified_parts_hold(out):

@@ -210,6 +210,17 @@ def test_only_one_rank_looks(out, mpirun):
     assert looked.stdout.count("rows: 23") == 1
 
 
+def test_ranks_share_a_check_that_verifies_and_say_what_they_do_not_heed(out, mpirun):
+    merge(out, "--part-size", PART_SIZE)
+    (out / "phi4_multimodal_embeddings_part_002.h5").write_bytes(b"torn")
+    before = contents(out)
+    checked = mpirun.run(2, *MERGE, out, "--part-size", PART_SIZE, "--check", "--verify", "--jobs", 2)
+    assert checked.returncode == 0
+    assert "2 ranks share the work, a process each; --jobs 2 is for one rank alone" in checked.stdout
+    assert checked.stdout.count("12 segments and 4 parts were hashed; a merge would write 1 parts") == 1
+    assert contents(out) == before
+
+
 def shards(out: Path) -> set[str]:
     return {path.name for path in out.glob("shards/*-r*")}
 

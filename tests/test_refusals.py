@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
 
 from vqa_embeddings.demo import DATA
+from vqa_embeddings.options import parse_extract
 
 HEADER = "question_id,image_id,question,answer\n"
 
@@ -227,6 +228,14 @@ def test_arguments_that_cannot_be_right_are_refused(bad):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert bad[0] in done.stderr
+
+
+@pytest.mark.parametrize("model", [["--model", "."], []])
+def test_a_revision_of_what_has_none_is_refused(model, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_extract(None, ["--demo", *model, "--revision", "main"])
+    assert ended.value.code == 2
+    assert "--revision main is for models of the hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["extract_dist.py", "merge_shards.py"])

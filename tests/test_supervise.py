@@ -84,6 +84,12 @@ def test_a_launch_that_says_it_did_well_is_not_believed(tmp_path):
     assert launch.returncode == 1
 
 
+def test_a_plan_leaves_nothing_undone(tmp_path):
+    launch = supervise(["true"], "--output-dir", str(tmp_path), "--plan")
+    assert launch.communicate(timeout=60)[0] == ""
+    assert launch.returncode == 0
+
+
 def test_rows_that_fail_again_are_no_reason_to_go_on(tmp_path):
     out = begin_run(tmp_path)
     commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in range(ROWS)])

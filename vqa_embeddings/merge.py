@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -34,7 +34,7 @@ from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.report import write_report
 from vqa_embeddings.run import COVERAGE_FILE, ROWS_FILE, Run, read_run, read_run_rows
 from vqa_embeddings.shards import Corrupt, Segment, checksum_path, find_damage
-from vqa_embeddings.table import Table, read_rows, select
+from vqa_embeddings.table import read_rows, select
 from vqa_embeddings.workers import Workers, gather_ranks, start_workers
 from vqa_embeddings.world import World
 
@@ -85,20 +85,39 @@ class Outcome:
             yield f"{folder}/{FAILED_FILE} says why rows failed; extract_dist.py --retry-failed tries them again"
 
 
-def check(folder: Path) -> Outcome:
-    """Say what is there and what is missing, from names and row numbers alone; nothing is written.
+def check(options: MergeOptions, world: World = ALONE) -> Outcome | None:
+    """Say what is there and what is missing; nothing is written.
 
+    With `verify` it is what a merge with these options would find, by the hash of every file, and the ranks share the
+    work as they do there. Otherwise rank 0 looks alone, at names and row numbers.
+
+    Returns:
+        What rank 0 has found; `None` at the others.
     Raises:
-        Refused: the folder holds no run.
+        Refused: the folder holds no run; with `verify` also as `merge`.
     """
-    run = read_run(folder)
-    holdings = look(folder, run, read_run_rows(folder, run))
+    folder = options.output_dir
+    if not options.verify:
+        if not world.main:
+            return None
+        run = read_run(folder)
+        return _look_only(folder, look(folder, run, read_run_rows(folder, run)))
+    with _crew(options, world) as workers:
+        if workers is None:
+            return None
+        findings = _find(options, workers)
+    to_write = sum(plan.action == WRITE for plan in findings.plans)
+    hashed = f"{len(findings.holdings.segments)} segments and {len(findings.found)} parts were hashed"
+    return _look_only(folder, findings.holdings, f"{hashed}; a merge would write {to_write} parts")
+
+
+def _look_only(folder: Path, holdings: Holdings, *verified: str) -> Outcome:
     committed: dict[str, tuple[int, int]] = {}
     for segment in holdings.segments:
         extracted, failed = committed.get(segment.path.parent.name, (0, 0))
         committed[segment.path.parent.name] = extracted + len(segment.rows), failed + len(segment.failed)
-    shards = describe_shards(committed, read_paces(folder), time.time())
-    return Outcome(run, holdings.coverage(), [], holdings.corrupt, 0, 0, shards)
+    shards = [*describe_shards(committed, read_paces(folder), time.time()), *verified]
+    return Outcome(holdings.run, holdings.coverage(), [], holdings.corrupt, 0, 0, shards)
 
 
 def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
@@ -111,17 +130,36 @@ def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
     Raises:
         Refused: the folder holds no run, or parts of another size.
     """
-    crew = start_workers(options.jobs) if world.size == 1 else gather_ranks(world, options.jobs)
-    with crew as workers:
-        if workers is None:
-            return None
-        run = read_run(options.output_dir)
-        return _merge(options, run, read_run_rows(options.output_dir, run), workers)
+    with _crew(options, world) as workers:
+        return None if workers is None else _merge(options, _find(options, workers), workers)
 
 
-def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> Outcome:
+def _crew(options: MergeOptions, world: World) -> AbstractContextManager[Workers | None]:
+    return start_workers(options.jobs) if world.size == 1 else gather_ranks(world, options.jobs)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a merge finds before it changes anything.
+
+    Attributes:
+        holdings: without what is damaged, and with its names.
+        known: the SHA-256 that each part may have, by file name.
+        found: the SHA-256 of the parts that were hashed, by file name.
+    """
+
+    holdings: Holdings
+    coverage: Coverage
+    plans: list[PartPlan]
+    known: dict[str, set[str]]
+    found: dict[str, str]
+
+
+def _find(options: MergeOptions, workers: Workers) -> _Findings:
+    """Verify the segments, and of the parts those in doubt, or with `verify` all. Nothing is written."""
     folder = options.output_dir
-    holdings = look(folder, run, table, verify=workers)
+    run = read_run(folder)
+    holdings = look(folder, run, read_run_rows(folder, run), verify=workers)
     _check_part_size(holdings.parts, options.part_size)
     known = recorded_hashes(folder)
     holdings = _recorded(holdings, known)
@@ -132,14 +170,20 @@ def _merge(options: MergeOptions, run: Run, table: Table, workers: Workers) -> O
     if damaged:
         holdings = _without(holdings, damaged)
         coverage, plans = _plan(holdings, options)
+    return _Findings(holdings, coverage, plans, known, found)
+
+
+def _merge(options: MergeOptions, findings: _Findings, workers: Workers) -> Outcome:
+    folder, holdings, coverage = options.output_dir, findings.holdings, findings.coverage
     _set_damaged_aside(folder, holdings.corrupt)
-    to_write = [plan for plan in plans if plan.action == WRITE]
+    to_write = [plan for plan in findings.plans if plan.action == WRITE]
     jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
-    found |= {path.name: digest for path, digest in workers(write_part, jobs)}
-    parts = _parts_now(options, holdings, coverage, plans)
-    hashes = {name: next(iter(one)) for name, one in known.items()} | found  # of several, the one that was found
+    found = findings.found | {path.name: digest for path, digest in workers(write_part, jobs)}
+    parts = _parts_now(options, holdings, coverage, findings.plans)
+    known = {name: next(iter(one)) for name, one in findings.known.items()}  # of several, the one that was found
+    hashes = known | found
     entries = [_entry(part, hashes.get(part.path.name)) for part in parts]
-    outcome = Outcome(run, coverage, entries, holdings.corrupt, len(to_write), 0)
+    outcome = Outcome(holdings.run, coverage, entries, holdings.corrupt, len(to_write), 0)
     summary, failures = _report(folder, holdings, outcome)
     _withdraw(parts, entries)
     read = _Reader(holdings, coverage, parts, {entry["file"]: entry["sha256"] for entry in entries}, set(found))

@@ -96,6 +96,9 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     if missing and not options.demo:
         names = " and ".join("--" + name.replace("_", "-") for name in missing)
         parser.error(f"{names} not given: name the CSV and the picture folder, or try --demo")
+    if options.revision and ((options.demo and options.model is None) or Path(options.model or MODEL).is_dir()):
+        model = options.model or "the demo's model"
+        parser.error(f"--revision {options.revision} is for models of the hub, and {model} is a folder: leave it out")
     return options
 
 
@@ -120,14 +123,21 @@ def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOp
     add = parser.add_argument
     add("--output-dir", type=Path, metavar="OUT", default="./output", help="output of the extraction (%(default)s)")
     add("--check", action="store_true", help="say what is done and what is missing, and write nothing")
-    add("--verify", action="store_true", help="hash the parts that are already there too, and mend damaged ones")
+    add("--verify", action="store_true", help="hash the parts too, and mend damaged ones, or with --check name them")
     add("--part-size", type=_positive, metavar="S", default=1000, help="rows of the CSV in a part (%(default)s)")
     layouts = ["grouped", "columnar"]
     add("--layout", choices=layouts, default="grouped", help="a group a question, or matrices of rows (%(default)s)")
     add("--compression", choices=["none", "gzip"], default="none", help="gzip as published, or none (%(default)s)")
     add("--jobs", type=_positive, metavar="N", default=1, help="processes, where there are no ranks (%(default)s)")
     add("--prune", action="store_true", help="then remove the segments whose rows all lie in verified parts")
-    return MergeOptions(**vars(parser.parse_args(argv)))
+    options = MergeOptions(**vars(parser.parse_args(argv)))
+    if options.check:
+        unheard = ("prune", "compression") if options.verify else ("prune", "compression", "layout", "part_size")
+        given = [name for name in unheard if getattr(options, name) != parser.get_default(name)]
+        if given:
+            names = " and ".join("--" + name.replace("_", "-") for name in given)
+            parser.error(f"{names} would have no effect, as --check writes nothing: leave out one or the other")
+    return options
 
 
 def _parser(usage: str | None) -> argparse.ArgumentParser:

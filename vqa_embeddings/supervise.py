@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     command, arguments = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     options = parse_extract(None, arguments)
     launch, slice_ = Launch([*command, *arguments]), Slice(options)
+    if options.plan:  # nothing is done, and so nothing is left undone
+        return launch.wait()
     before = slice_.count_left()  # while the launch loads its model
     status = launch.wait()
     left = slice_.count_left()

@@ -61,6 +61,8 @@ def gather_ranks(world: World, processes: int) -> Iterator[Workers | None]:
         return
     from mpi4py.futures import MPICommExecutor
 
+    if processes > 1:
+        say(world, f"{world.size} ranks share the work, a process each; --jobs {processes} is for one rank alone")
     try:
         with MPICommExecutor(mpi.COMM_WORLD) as executor:  # where the others stay until rank 0 leaves it
             yield _with_the_others(executor, world.size - 1) if executor else None
