@@ -9,12 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, merge
+from conftest import ROOT
 from published_reader import read_published
 from test_damage import links_away, links_within, shows_another_file, stores_away
 from test_merge import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
 
+from vqa_embeddings import merge as merging
 from vqa_embeddings import open_embeddings
+from vqa_embeddings.options import parse_merge
 from vqa_embeddings.records import Failed
 
 COLUMNS = "phi4_multimodal_columns_part_{:03d}.h5"
@@ -23,6 +25,15 @@ COLUMNS = "phi4_multimodal_columns_part_{:03d}.h5"
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return begin_run(tmp_path)
+
+
+def merged(out: Path, *arguments: object) -> int:
+    """The exit status of a merge, which here leaves out its report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "write_report", lambda *_: None)
+        outcome = merging.merge(parse_merge(None, ["--output-dir", str(out), *map(str, arguments)]))
+    assert outcome is not None
+    return outcome.status
 
 
 def assert_all_right(out: Path, rows: list[int]) -> None:
@@ -76,19 +87,19 @@ def test_rows_in_parts_of_either_layout_with_and_without_their_segments(out, lay
     extract_all(out)
     for layout in layouts:
         again = ["--prune"] if prune else []
-        assert merge(out, "--part-size", PART_SIZE, "--layout", layout, *again).returncode == 0
+        assert merged(out, "--part-size", PART_SIZE, "--layout", layout, *again) == 0
     assert bool(list(out.glob("shards/*/*.h5"))) != prune
     assert_all_right(out, list(range(ROWS)))
     if "columnar" in layouts:
         assert len(list(out.glob(COLUMNS.format(0).replace("000", "*")))) == 5
     if "grouped" in layouts:
         assert len(read_published(out)) == ROWS
-    assert merge(out, "--part-size", PART_SIZE, "--layout", layouts[-1], "--verify").returncode == 0
+    assert merged(out, "--part-size", PART_SIZE, "--layout", layouts[-1], "--verify") == 0
     names = [entry["file"] for entry in coverage(out)["parts"]]
     assert len(names) == len(set(names)) == 5 * len(layouts)
     before = contents(out)
     for layout in layouts:
-        assert merge(out, "--part-size", PART_SIZE, "--layout", layout).returncode == 0
+        assert merged(out, "--part-size", PART_SIZE, "--layout", layout) == 0
         assert {entry["file"] for entry in coverage(out)["parts"]} == set(names)
     assert {name: data for name, data in contents(out).items() if name.endswith(".h5")} == {
         name: data for name, data in before.items() if name.endswith(".h5")
@@ -97,34 +108,34 @@ def test_rows_in_parts_of_either_layout_with_and_without_their_segments(out, lay
 
 def test_the_same_rows_give_the_same_columnar_bytes_whoever_held_them(out):
     extract_all(out)
-    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0
+    assert merged(out, "--part-size", PART_SIZE, "--layout", "columnar") == 0
     first = {path.name: path.read_bytes() for path in out.glob("*columns*")}
     for path in out.glob("*columns*"):
         path.unlink()
-    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    assert merged(out, "--part-size", PART_SIZE, "--prune") == 0
     assert not list(out.glob("shards/*/*.h5"))
-    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0, "made from the grouped parts"
+    assert merged(out, "--part-size", PART_SIZE, "--layout", "columnar") == 0, "made from the grouped parts"
     assert {path.name: path.read_bytes() for path in out.glob("*columns*")} == first
 
 
 def test_a_damaged_columnar_part_is_made_anew_from_the_other_layout(out):
     extract_all(out)
-    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar").returncode == 0
-    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
+    assert merged(out, "--part-size", PART_SIZE, "--layout", "columnar") == 0
+    assert merged(out, "--part-size", PART_SIZE, "--prune") == 0
     victim = out / COLUMNS.format(2)
     good = victim.read_bytes()
     victim.write_bytes(good[:-9] + b"x" + good[-8:])
-    assert merge(out, "--part-size", PART_SIZE, "--layout", "columnar", "--verify").returncode == 0
+    assert merged(out, "--part-size", PART_SIZE, "--layout", "columnar", "--verify") == 0
     assert victim.read_bytes() == good
     assert victim.with_name(victim.name + ".damaged").exists()
 
 
 def test_gzip_packs_columns_too(out):
     extract_all(out)
-    assert merge(out, "--layout", "columnar", "--compression", "gzip").returncode == 0
+    assert merged(out, "--layout", "columnar", "--compression", "gzip") == 0
     with h5py.File(out / COLUMNS.format(1)) as file:
         assert file["query_token_representation/layer_2"].compression == "gzip"
-    assert merge(out, "--layout", "columnar", "--prune").returncode == 0
+    assert merged(out, "--layout", "columnar", "--prune") == 0
     assert_all_right(out, list(range(ROWS)))
 
 
@@ -132,13 +143,132 @@ def test_rows_that_failed_are_not_there(out):
     commit(out, [*(record(row) for row in range(ROWS - 1)), Failed(ROWS - 1, "PictureNotFound", "gone")])
     assert_all_right(out, list(range(ROWS - 1)))
     for layout in ("grouped", "columnar"):
-        assert merge(out, "--part-size", 2, "--layout", layout).returncode == 4
+        assert merged(out, "--part-size", 2, "--layout", layout) == 4
     for path in out.glob("shards/*/*"):
         path.unlink()
     assert_all_right(out, list(range(ROWS - 1)))
     e = open_embeddings(out)
     with pytest.raises(KeyError):
         e[f"q{ROWS - 1}"]
+
+
+LAYOUTS = [[], ["--layout", "grouped"], ["--layout", "columnar"]]  # not merged, and merged
+
+
+def values(e) -> list[object]:
+    """All that is read of files, as plain values."""
+    matrices = [e.query_token(LAYERS[1]), e.vision_token(LAYERS[2]), e.vision_only()]
+    return [e.ids, e.answers, e.table().to_dict("list"), *(matrix.tolist() for matrix in matrices)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_some_rows_are_those_of_all_whatever_chooses_them(out, layout):
+    extract_all(out)
+    if layout:
+        assert merged(out, "--part-size", PART_SIZE, *layout, "--prune") == 0
+    e = open_embeddings(out)
+    everything = values(e)
+    table = e.table()
+    mask = table["image_id"] == "image2.jpg"
+    for key, rows in [
+        (slice(3, 9), range(3, 9)),
+        (slice(-4, None), range(ROWS - 4, ROWS)),
+        (slice(ROWS, 999), []),
+        (slice(None, None, -5), range(ROWS - 1, -1, -5)),
+        (mask, [6, 7, 8]),
+        (mask.to_numpy(), [6, 7, 8]),
+        (mask.astype("boolean"), [6, 7, 8]),
+        (table.set_index("question_id")["image_id"] == "image2.jpg", [6, 7, 8]),
+        ([False] * ROWS, []),
+        (["q7", "q2", "q21", "q7"], [7, 2, 21, 7]),
+        (table["question_id"][[20, 4]], [20, 4]),
+        (np.array(["q3", "q22"]), [3, 22]),
+        ([], []),
+    ]:
+        some = e[key]
+        assert len(some) == len(rows)
+        for found, of_all in zip(values(some), everything, strict=True):
+            if isinstance(found, dict):
+                assert found == {name: [column[row] for row in rows] for name, column in of_all.items()}
+            else:
+                assert found == [of_all[row] for row in rows]
+    assert e[5:12][["q8"]][:]["q8"]["answer"] == record(8).answer
+    assert [target for _, target in e[2:4].dataset(2)] == ["q2", "q3"]
+
+
+def test_a_file_without_rows_that_are_asked_for_is_not_touched(out):
+    extract_all(out)
+    assert merged(out, "--part-size", PART_SIZE, "--prune") == 0
+    e = open_embeddings(out)
+    for part in sorted(out.glob("*.h5"))[1:]:
+        part.unlink()
+    assert e[:PART_SIZE].answers == [record(row).answer for row in range(PART_SIZE)]
+    assert np.array_equal(e[["q4", "q0"]].vision_only()[:, 0], [4, 0])
+
+
+def test_it_is_a_mapping_by_id(out):
+    commit(out, [record(row) for row in (3, 4, 9)])
+    e = open_embeddings(out)
+    assert list(e) == list(e.keys()) == e.ids == ["q3", "q4", "q9"]
+    assert "q4" in e and "q5" not in e and 4 not in e and None not in e
+    assert [row["answer"] for row in e.values()] == [record(row).answer for row in (3, 4, 9)]
+    assert e.get("q5") is None and e.get("q9")["question"] == "question 9"
+    assert e == e and e != e[:] and len({e, e[:]}) == 2
+
+
+def test_a_number_is_an_id_and_not_a_position(tmp_path):
+    out = begin_run(tmp_path, name="{}")
+    commit(out, [record(row) for row in range(5, ROWS)])
+    e = open_embeddings(out)
+    for key in (7, np.int64(7), np.uint8(7), "7"):
+        assert key in e and e[key]["answer"] == record(7).answer
+    assert e[np.array([9, 7])].ids == e[[9, "7"]].ids == ["9", "7"]
+    with pytest.raises(KeyError, match=r"'0' is missing: .*; a number is taken for an id, positions go by slice"):
+        e[0]
+    with pytest.raises(KeyError, match=r"'-1' is not a question_id of .*; a number is taken for an id"):
+        e[-1]
+
+
+def test_a_key_that_leads_nowhere_says_why(out):
+    commit(out, [record(row) for row in range(6, ROWS)])
+    commit(out, [Failed(5, "PictureNotFound", "it was not there")])
+    e = open_embeddings(out)
+    for key, why in [
+        ("q5", "'q5' has failed (PictureNotFound: it was not there); extract_dist.py --retry-failed tries it again"),
+        ("q4", "'q4' is missing: it has not been extracted, the same extract_dist.py command continues"),
+        ("q99", f"'q99' is not a question_id of {out}"),
+    ]:
+        for asked in (key, [key], ["q9", key]):
+            with pytest.raises(KeyError) as failed:
+                e[asked]
+            assert failed.value.args == (why,)
+    with pytest.raises(KeyError, match="'q9' is not among the rows that were chosen of"):
+        e[:3]["q9"]
+    mask = np.ones(ROWS, bool)
+    with pytest.raises(IndexError, match=rf"a mask of shape \({ROWS},\); expected \({len(e)},\)"):
+        e[mask]
+    shuffled = e.table().sample(frac=1, random_state=1)["question"] == "question 9"
+    with pytest.raises(ValueError, match="the mask's index is neither"):
+        e[shuffled]
+    for strange in (None, True, 2.5, [2.5], [[True]], b"q9"):
+        with pytest.raises((TypeError, IndexError), match="; expected "):
+            e[strange]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_that_a_merge_has_changed_since_is_to_be_opened_again(out, layout):
+    """Rows of a columnar part that is replaced lie elsewhere in the new one."""
+    commit(out, [*(record(row) for row in range(ROWS) if row != 2), Failed(2, "PictureNotFound", "gone")])
+    if layout:
+        assert merged(out, "--part-size", PART_SIZE, *layout, "--prune") == 4
+    e = open_embeddings(out)
+    assert np.array_equal(e.vision_only()[:, 0], [row for row in range(ROWS) if row != 2])
+    commit(out, [record(2)])
+    assert merged(out, "--part-size", PART_SIZE, *layout, "--prune") == 0
+    for read in (e.vision_only, lambda: e.answers, lambda: e["q3"], lambda: e[:3].query_token(LAYERS[0])):
+        with pytest.raises(OSError, match=r"a merge has been at work; open the folder again"):
+            read()
+    assert_all_right(out, list(range(ROWS)))
 
 
 def test_what_is_not_there_is_said(out, tmp_path):
@@ -174,7 +304,7 @@ def test_a_forged_part_leads_to_no_other_file(out, lead):
     with h5py.File(secret, "w") as file:
         file["values"] = np.full((ROWS, 6), 12345, np.float32)
         file["vector"] = np.full(6, 12345, np.float32)
-    assert merge(out, "--prune").returncode == 0
+    assert merged(out, "--prune") == 0
     (part,) = out.glob("*.h5")
     with h5py.File(part, "r+") as file:
         del file["q3/vision_only_representation"]

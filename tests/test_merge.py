@@ -51,10 +51,10 @@ def out(tmp_path: Path) -> Path:
     return begin_run(tmp_path)
 
 
-def begin_run(tmp_path: Path) -> Path:
+def begin_run(tmp_path: Path, name: str = "q{}") -> Path:
     """An output folder whose run has begun and whose shards are empty."""
     table = tmp_path / "vqa.csv"
-    lines = [f"q{row},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
+    lines = [f"{name.format(row)},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
     table.write_text("question_id,image_id,question,answer\n" + "\n".join(lines) + "\n")
     rows = read_table(table)
     run = Run(

@@ -62,6 +62,12 @@ def open_file(path: Path) -> h5py.File:
     return h5py.File(path, "r", locking=False)
 
 
+def stamp_of(file: h5py.File) -> tuple[int, int, int]:
+    """What tells an open file from one that takes its place under the same name."""
+    found = os.fstat(file.id.get_vfd_handle())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @contextmanager
 def open_verified(path: Path) -> Iterator[h5py.File]:
     """A file whose hash is right: where it still cannot be read, the disk fails, or somebody has forged both.

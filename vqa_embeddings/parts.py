@@ -16,7 +16,7 @@ import numpy as np
 from vqa_embeddings import columnar, grouped
 from vqa_embeddings.errors import Refused, StorageFailed, one_line
 from vqa_embeddings.files import list_folder, publish, publish_text, reading, sha256, sync_and_hash
-from vqa_embeddings.hdf5 import misread, new_file, open_file, open_verified, text_of
+from vqa_embeddings.hdf5 import misread, new_file, open_file, open_verified, stamp_of, text_of
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import COVERAGE_FILE, MODEL_TYPE, Run
 from vqa_embeddings.shards import CHECKSUM, UNUSABLE, Corrupt, read_records
@@ -38,6 +38,7 @@ class Part:
     last: int
     size: int
     rows: np.ndarray
+    stamp: tuple[int, ...] = ()  # of the file that was read, by `stamp_of`
 
 
 @dataclass(frozen=True)
@@ -242,4 +243,4 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
             raise Refused(f"{path} belongs to another run or program; move it away, or check --output-dir")
         first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
         rows = LAYOUTS[layout].read_index(file, table, first - 1, last)
-    return Part(path, layout, number, first - 1, last, size, rows)
+        return Part(path, layout, number, first - 1, last, size, rows, stamp_of(file))
