@@ -17,7 +17,7 @@ from vqa_embeddings.errors import Refused, StorageFailed
 from vqa_embeddings.options import ExtractOptions, parse_extract
 from vqa_embeddings.signals import StopFlag, run_program
 from vqa_embeddings.voice import fail, refuse, say, say_for_rank
-from vqa_embeddings.world import World, read_world
+from vqa_embeddings.world import World, read_world, same_command
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -27,7 +27,7 @@ def main() -> int:
     options = parse_extract(__doc__)
     world = World()
     stop = StopFlag().install(
-        lambda name: say_for_rank(world, f"stopped by {name} before a row was begun; the same command continues")
+        lambda name: say_for_rank(world, f"stopped by {name} before a row was begun; {same_command(options.slice)}")
     )
     try:
         world = read_world()
@@ -104,7 +104,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             say_for_rank(world, f"{note} ({times} times)" if times > 1 else note)
         say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
     if left and stop.requested():
-        say_for_rank(world, f"stopped by {stop.signal} after a commit; the same command continues")
+        say_for_rank(world, f"stopped by {stop.signal} after a commit; {same_command(options.slice)}")
     else:
         keep_rows(options.output_dir, write_rows)  # where the one who began the run has not come to it
 

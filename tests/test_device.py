@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from vqa_embeddings import claims, compute
 from vqa_embeddings.briefing import describe_memory
 from vqa_embeddings.claims import Claim
-from vqa_embeddings.compute import fair_share, find_device, receive
+from vqa_embeddings.compute import fair_share, find_device, lacks_binaries, receive
+from vqa_embeddings.errors import Refused
+
+BUILT = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]  # of torch, in most tests
 
 
 @pytest.mark.parametrize(("local_rank", "index"), [(0, 0), (1, 1), (7, 7), (9, 1)])
@@ -37,6 +40,7 @@ def test_the_gpu_of_a_rank_is_the_current_device_before_anything_is_asked_of_it(
         "get_device_properties": SimpleNamespace(uuid=f"gpu-{index}", total_memory=80 << 30),
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer(name, value))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: BUILT)
     monkeypatch.setattr(compute, "claims_folder", lambda: tmp_path / "claims")
     monkeypatch.setattr(compute, "_claims", {})
     device = find_device(local_rank)
@@ -46,6 +50,40 @@ def test_the_gpu_of_a_rank_is_the_current_device_before_anything_is_asked_of_it(
     other = Claim(tmp_path / "claims", f"gpu-{index}")  # of a rank that comes later
     assert compute.count_processes(device.name) == 2
     other.withdraw()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "lacks"),
+    [
+        ((7, 0), BUILT, True),
+        ((7, 5), BUILT, False),
+        ((8, 9), BUILT, False),
+        ((10, 3), BUILT, False),
+        ((11, 0), BUILT, True),
+        ((11, 0), [*BUILT, "compute_100"], False),
+        ((7, 0), [*BUILT, "compute_120"], True),
+        ((9, 0), ["sm_90a"], False),
+        ((9, 0), ["gfx90a", "gfx942"], False),
+        ((7, 0), [], False),
+    ],
+)
+def test_a_gpu_that_torch_has_no_binaries_for_is_known(capability, built, lacks):
+    assert lacks_binaries(capability, built) == lacks
+
+
+def test_a_gpu_that_torch_has_no_binaries_for_is_refused_before_it_is_claimed(monkeypatch):
+    monkeypatch.setattr(compute, "_claim", lambda index: pytest.fail("it is claimed"))
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "set_device": None,
+        "get_device_name": "Tesla V100",
+        "get_device_capability": (7, 0),
+        "get_arch_list": BUILT,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(Refused, match=r"^Tesla V100 has compute capability 7.0, torch .* is built for sm_75, sm_80,"):
+        find_device(0)
 
 
 def test_processes_on_one_gpu_know_of_each_other_and_forget_those_that_were_killed(tmp_path):

@@ -318,6 +318,42 @@ read_world()
 """
 
 
+LATE = """
+import sys, time
+from pathlib import Path
+from vqa_embeddings.workers import gather_ranks
+from vqa_embeddings.world import read_ranks, read_world
+
+deadline = time.monotonic() + 120  # after which nobody has heard it
+while read_ranks().main and not (Path(__file__).parent / "come").exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+if sys.argv[1] == "merge":
+    with gather_ranks(read_ranks(), 1):
+        pass
+else:
+    assert read_world().launch_key
+"""
+
+
+@pytest.mark.parametrize("program", ["extraction", "merge"])
+def test_a_rank_that_waits_for_the_others_says_so(tmp_path, mpirun, program):
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "sitecustomize.py").write_text("from vqa_embeddings import voice\nvoice.PATIENCE_SECONDS = 0.1\n")
+    path = f"PYTHONPATH={tmp_path}:{ROOT}"
+    launch = mpirun.begin(3, "env", path, sys.executable, tmp_path / "late.py", program)
+    try:
+        said = ""
+        while not (line := launch.stdout.readline()).endswith("s for the other ranks of 3 to begin MPI\n"):
+            said += line
+            assert line, said
+        assert line.startswith("rank 1: has waited ")
+        (tmp_path / "come").touch()
+        said = launch.communicate(timeout=60)[0]
+        assert launch.returncode == 0 and "rank 2" not in said, said
+    finally:
+        kill(processes(launch))
+
+
 def test_a_rank_that_ends_while_it_waits_for_the_others_leaves_nothing_behind(tmp_path, mpirun):
     """Its part of MPI would wait for them for good, and mpirun for it."""
     launch = mpirun.begin(2, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", WAITING)

@@ -64,7 +64,10 @@ def test_failed_rows_are_counted_as_they_come(tmp_path, checkpoint):
 def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     out = tmp_path / "out"
     begun = time.monotonic()
-    planned = run(command(2, *photographs, "--output-dir", out, "--plan", "--slice", "0/2"))
+    planned = run(
+        command(2, *photographs, "--output-dir", out, "--plan"),
+        **{f"SLURM_ARRAY_TASK_{name}": number for name, number in (("ID", "0"), ("COUNT", "2"))},
+    )
     assert planned.returncode == 0, planned.stderr
     assert time.monotonic() - begun < 60 and not out.exists()
     lines = planned.stdout.splitlines()
@@ -75,13 +78,14 @@ def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     assert lines[1] == "columns: question_id, image_id as the picture, question, answer as the ground truth"
     found = re.fullmatch(
         r"this launch: (\d+) rows to do now, 2 ranks \(by torchrun\), about (\d+) rows each, "
-        r"slice 0 of 2 with (\d+) rows",
+        r"slice 0 of 2 with (\d+) rows, from the Slurm array: --slice 0/1 takes the whole table",
         lines[3],
     )
     assert found and found[1] == found[3] and abs(int(found[2]) - int(found[1]) / 2) <= 1
     assert "layers 0, 2, 4, 6, 7" in lines[5] and "float32 (asked for)" in lines[7]
 
-    assert run(command(0, *photographs, "--output-dir", out, "--slice", "0/2")).returncode == 0
+    by_hand = run(command(0, *photographs, "--output-dir", out, "--slice", "0/2"))
+    assert by_hand.returncode == 0 and f"slice 0 of 2 with {found[3]} rows\n" in by_hand.stdout
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = run(command(0, *photographs, "--output-dir", out, "--plan"))
     assert f"done before: {found[1]} rows extracted, 0 failed" in again.stdout

@@ -63,9 +63,9 @@ def test_a_job_has_the_name_that_scontrol_knows():
     assert read_queued_job({}) is None
 
 
-def supervise(launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+def supervise(launcher: list[str], *arguments: str, **slurm: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "vqa_embeddings.supervise", *launcher, "--", *ARGUMENTS, *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | slurm
     return subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
@@ -82,6 +82,12 @@ def test_a_launch_that_says_it_did_well_is_not_believed(tmp_path):
     launch = supervise(["true"], "--output-dir", str(tmp_path))
     assert "a rank was stopped, or has died, with nothing begun" in launch.communicate(timeout=60)[0]
     assert launch.returncode == 1
+
+
+def test_a_shell_inside_an_array_is_told_which_slice_goes_on(tmp_path):
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    launch = supervise(["true"], "--output-dir", str(tmp_path), **array)
+    assert "continues (slice 3 of 16, from the Slurm array: elsewhere" in launch.communicate(timeout=60)[0]
 
 
 def test_a_plan_leaves_nothing_undone(tmp_path):

@@ -55,6 +55,7 @@ def brief(
     yield f"done before: {stock.extracted} rows extracted, {stock.failed} failed{again}"
     index, count = launch.slice
     share = f", slice {index} of {count} with {launch.slice_rows} rows" if count > 1 else ""
+    share += ", from the Slurm array: --slice 0/1 takes the whole table" if count > 1 and not options.slice else ""
     yield f"this launch: {pending} rows to do now, {describe_ranks(world, pending)}{share}"
     free = shutil.disk_usage(nearest(options.output_dir)).free
     to_write, parts = pending * run.row_bytes, max(0, run.rows * run.row_bytes - count_part_bytes(options.output_dir))

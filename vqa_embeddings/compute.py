@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ def find_device(local_rank: int) -> Device:
 
     The GPU becomes this process's current device before anything happens on one: what names no device, such as the
     stream of a graph's capture, is on the current one, and would else be on the first GPU of the node.
+
+    Raises:
+        Refused: torch has no binaries for the GPU.
     """
     import torch
 
@@ -60,12 +64,31 @@ def find_device(local_rank: int) -> Device:
         return Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
     index = local_rank % torch.cuda.device_count()
     torch.cuda.set_device(torch.device("cuda", index))
-    memory = _claim(index)
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if lacks_binaries(capability, built := torch.cuda.get_arch_list()):
+        raise Refused(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} is built for "
+            f"{', '.join(built)}; install a torch that is built for it, or choose another GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    memory = _claim(index)
     recent = capability >= (8, 0)
     no_flash = "" if recent else f"flash-attn needs compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
     no_flash = no_flash or _no_flash_package()
     return Device(f"cuda:{index}", name, recent, no_flash, torch.cuda.device_count(), memory)
+
+
+def lacks_binaries(capability: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether nothing of torch runs on a GPU of this compute capability: every kernel would end in an error of CUDA's.
+
+    Args:
+        built: what torch is built for. `sm_80` runs on 8.0 to 8.9, `compute_80` on all from 8.0 up; where no such names
+            are among them, they tell nothing.
+    """
+    names = filter(None, (re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in built))
+    versions = [(found[1], (int(found[2]), int(found[3]))) for found in names]
+    return bool(versions) and not any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
 
 
 def _claim(index: int) -> int:

@@ -11,10 +11,14 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.signals import follow_parent, start_child
+from vqa_embeddings.voice import keep_reminding
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
@@ -63,6 +67,26 @@ def begin_mpi(family: str | None, rank: int, size: int) -> Any:
             f"MPI finds {len(ranks)} rank(s) where the launcher has started {size}; load the launcher's own MPI"
         )
     return mpi
+
+
+@contextmanager
+def begin_aloud(rank: int, size: int) -> Iterator[None]:
+    """A block that begins MPI, during which no thread of this process runs: another process says that it waits."""
+    if rank > 1:
+        yield
+        return
+    child = start_child(remind_of_others, rank, size)
+    try:
+        yield
+    finally:
+        child.kill()
+        child.wait()
+
+
+def remind_of_others(rank: int, size: int, parent: int) -> None:
+    """What the process that `begin_aloud` starts does."""
+    follow_parent(signal.SIGKILL, parent)
+    keep_reminding(rank, lambda: f"the other ranks of {size} to begin MPI", time.sleep)
 
 
 def agree_on_key(family: str, rank: int, size: int) -> str | None:

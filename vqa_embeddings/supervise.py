@@ -32,7 +32,7 @@ from vqa_embeddings.run import SHARDS_FOLDER, Run, read_run, read_run_rows
 from vqa_embeddings.signals import StopFlag
 from vqa_embeddings.table import Table
 from vqa_embeddings.voice import REFUSED
-from vqa_embeddings.world import QueuedJob, read_array_slice, read_queued_job
+from vqa_embeddings.world import QueuedJob, read_array_slice, read_queued_job, same_command
 
 FRUITLESS_RUNS = 2  # in a row, after which a job does not go back into the queue by itself
 MPI_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun")  # what their names begin with
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if job is not None:
         return requeue(job, options.output_dir / SHARDS_FOLDER / f".stopped-{job.name}", before, left)
     ended = "stopped by a signal" if signalled else "a rank was stopped, or has died"
-    say(f"{ended}, with {left}; the same command continues")
+    say(f"{ended}, with {left}; {same_command(options.slice)}")
     return 0 if signalled else 1
 
 

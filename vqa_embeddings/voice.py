@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 from vqa_embeddings.errors import Refused, StorageFailed
-from vqa_embeddings.world import World
+
+if TYPE_CHECKING:
+    from vqa_embeddings.world import World
 
 FAILED, REFUSED = 1, 2  # exit statuses
 SECOND_VOICE_SECONDS = 2.0
+PATIENCE_SECONDS = 10.0  # after which a rank that waits for others says so
+REMINDER_SECONDS = 300.0  # after which it says so again
 CLEAR_LINE = "\r\033[K"  # for terminals
 
 
@@ -25,6 +31,39 @@ def say_for_rank(world: World, sentence: str) -> None:
     """Print a sentence that is about this rank alone, in a terminal in the place of the main rank's bar."""
     place = CLEAR_LINE if not world.main and sys.stdout.isatty() else ""
     _print(f"{place}rank {world.rank}: {sentence}" if world.size > 1 else sentence)
+
+
+@contextmanager
+def wait_aloud(world: World, speakers: Container[int], for_whom: Callable[[], str]) -> Iterator[None]:
+    """A block that waits for other ranks. After a while it says for whom, and then again, but rarely.
+
+    Args:
+        speakers: the ranks that say so: of a thousand that wait for the same one, the first.
+        for_whom: is asked when that is to be said, in a thread.
+    """
+    if world.rank not in speakers:
+        yield
+        return
+    over = threading.Event()
+    reminder = threading.Thread(target=keep_reminding, args=(world.rank, for_whom, over.wait), daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reminder.join()  # a process that ends while a thread is inside torch's store is aborted
+
+
+def keep_reminding(rank: int, for_whom: Callable[[], str], over: Callable[[float], object]) -> None:
+    """Say that this rank waits, and for whom, until that is over.
+
+    Args:
+        over: waits for so many seconds; true once the waiting has an end.
+    """
+    begun, pause = time.monotonic(), PATIENCE_SECONDS
+    while not over(pause):
+        _print(f"rank {rank}: has waited {time.monotonic() - begun:.0f} s for {for_whom()}", sys.stderr)
+        pause = REMINDER_SECONDS
 
 
 def refuse(refusal: Refused, world: World) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from vqa_embeddings.mpi import NoMPI, begin_mpi
+from vqa_embeddings.mpi import NoMPI, begin_aloud, begin_mpi
 from vqa_embeddings.voice import say
 from vqa_embeddings.world import World
 
@@ -53,7 +53,8 @@ def gather_ranks(world: World, processes: int) -> Iterator[Workers | None]:
     Where MPI cannot bring them together, rank 0 says so and works alone, with so many processes.
     """
     try:
-        mpi = begin_mpi(world.mpi, world.rank, world.size)
+        with begin_aloud(world.rank, world.size):
+            mpi = begin_mpi(world.mpi, world.rank, world.size)
     except NoMPI as reason:
         say(world, f"rank 0 works alone, without the other {world.size - 1}: {reason}")
         with start_workers(processes) as workers:

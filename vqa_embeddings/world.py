@@ -11,6 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,6 +21,7 @@ from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.files import publish
 from vqa_embeddings.mpi import MPICH, OPEN_MPI, agree_on_key
 from vqa_embeddings.signals import follow_parent
+from vqa_embeddings.voice import say_for_rank, wait_aloud
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
 STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
@@ -27,6 +29,7 @@ LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks as
 STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
 ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
 HUB_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")  # where the hub library has its cache
+NAMED_RANKS = 5  # of those that are waited for
 PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which ranks agree
 
 
@@ -65,7 +68,8 @@ def read_world() -> World:
         # USR1, USR2 and KILL end torchrun without a word to its ranks, and every signal accelerate with one process.
         follow_parent(signal.SIGTERM, os.getppid())
     if world.launcher == "mpi" and world.mpi and world.size > 1:
-        return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
+        with wait_aloud(world, (0, 1), lambda: f"the other ranks of {world.size} to begin MPI"):
+            return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
     return world
 
 
@@ -185,6 +189,25 @@ def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, 
     return index, count
 
 
+def same_command(given: tuple[int, int] | None, environment: Mapping[str, str] = os.environ) -> str:
+    """What goes on with the work of this process, as the end of a sentence.
+
+    Args:
+        given: the slice that its command names. Otherwise the environment may, which another shell does not have, and
+            one that was begun inside the array still has.
+    """
+    array = None
+    with suppress(Refused):
+        array = read_array_slice(environment)
+    if given or not array or array[1] == 1:
+        return "the same command continues"
+    index, count = array
+    return (
+        f"the same command continues (slice {index} of {count}, from the Slurm array: elsewhere with "
+        f"--slice {index}/{count}, or the whole table with --slice 0/1)"
+    )
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """The Slurm job that this process runs in."""
@@ -222,31 +245,60 @@ def from_rank_zero(world: World, folder: Path, make: Callable[[], bytes]) -> byt
     their own.
 
     Raises:
-        Refused: rank 0 has refused, or has failed to make it.
+        Refused: rank 0 has refused, or has failed to make it; or the ranks do not meet.
     """
     if world.size == 1 or not world.can_agree:
         return make()
     if world.launcher == "torchrun":
-        return _through_store(world, make)
+        from torch.distributed import DistError
+
+        try:
+            return _through_store(world, folder, make)
+        except DistError as error:
+            raise Refused(
+                f"rank {world.rank} has not met the other ranks of {world.size} ({one_line(error)}); "
+                "see whether all of them have started, and begin again"
+            ) from None
     return _through_file(world, folder / f".launch-{world.launch_key}", make)
 
 
-def _through_store(world: World, make: Callable[[], bytes]) -> bytes:
+def _through_store(world: World, folder: Path, make: Callable[[], bytes]) -> bytes:
     from torch.distributed import PrefixStore, rendezvous
 
     timeout = timedelta(seconds=START_UP_SECONDS)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    with wait_aloud(world, (0, 1), lambda: "the other ranks to begin" if world.main else _rank_zero(folder)):
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
     store = PrefixStore(f"vqa_embeddings/{world.launch_key}", store)
     if world.main:
         put(store, make())
-    payload = take(store)
+    with wait_aloud(world, (1,), lambda: _rank_zero(folder)):
+        payload = take(store)
     # Without torchrun's agent the store lives in rank 0, which must then not leave before all have read.
+    store.set(f"read/{world.rank}", "")
     store.add("read", 1)
     if world.main:
         deadline = time.monotonic() + START_UP_SECONDS
-        while store.add("read", 0) < world.size and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with wait_aloud(world, (0,), lambda: f"{name_ranks(_not_come(store, world.size))} to begin"):
+            while store.add("read", 0) < world.size and time.monotonic() < deadline:
+                time.sleep(0.05)
     return payload
+
+
+def _rank_zero(folder: Path) -> str:
+    return f"rank 0, which reads what {folder.parent} holds before any rank begins"
+
+
+def _not_come(store: Any, size: int) -> list[int]:
+    return [rank for rank in range(size) if not store.check([f"read/{rank}"])]
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """These ranks in words, and only the first of many by their numbers; the last ones may come at this moment."""
+    if not ranks:
+        return "the last ranks"
+    named, more = ranks[:NAMED_RANKS], len(ranks) - NAMED_RANKS
+    listed = ", ".join(map(str, named)) + (f" and {more} more" if more > 0 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {listed}"
 
 
 def put(store: Any, payload: bytes) -> None:
@@ -273,12 +325,15 @@ def _through_file(world: World, folder: Path, make: Callable[[], bytes]) -> byte
     turn = time.monotonic() + STAND_IN_SECONDS * world.rank
     pause = 0.1
     try:
-        while not path.exists():
-            if time.monotonic() >= turn:
-                _publish_plan(path, make)
-            else:
+        with wait_aloud(world, (1,), lambda: _rank_zero(folder.parent)):
+            while not path.exists() and time.monotonic() < turn:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
+        if not path.exists():
+            if not world.main:
+                waited = f"nothing has come for {STAND_IN_SECONDS * world.rank} s"
+                say_for_rank(world, f"{waited} from the ranks before this one; it takes the place of rank 0")
+            _publish_plan(path, make)
     finally:
         path.with_name(path.name + taken).touch()
     kind, _, payload = path.read_bytes().partition(b"\n")

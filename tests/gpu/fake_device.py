@@ -324,6 +324,7 @@ class FakeDevice(TorchDispatchMode):
             "current_device": lambda: self._current_device,
             "get_device_name": lambda device=None: "a stand-in of an H100",
             "get_device_capability": lambda device=None: (9, 0),
+            "get_arch_list": lambda: ["sm_90"],
             "get_device_properties": lambda device=None: SimpleNamespace(
                 uuid=f"fake-{device}", total_memory=self.total
             ),
