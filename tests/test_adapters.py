@@ -75,7 +75,7 @@ def test_weights_that_hold_the_lora_give_its_vectors_once(tmp_path, checkpoint, 
             assert not (out / "run.json").exists()
         done = run(command(0, *inputs, *options))
         assert done.returncode == 0, done.stderr
-    assert "(original layout, vision LoRA none)" in done.stdout
+    assert "(original layout, vision LoRA none: the weights hold it)" in done.stdout
     assert json.loads((out / "run.json").read_text())["lora"] == "none"
     found, wanted = open_embeddings(out), open_embeddings(apart)
     assert len(found.answers) == 3 and list(found.answers) == list(wanted.answers)

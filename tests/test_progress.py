@@ -70,19 +70,20 @@ def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     )
     assert planned.returncode == 0, planned.stderr
     assert time.monotonic() - begun < 60 and not out.exists()
-    lines = planned.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        *("rows", "columns", "done before", "this launch", "vectors", "model", "device", "numbers")
+    said = dict(line.split(": ", 1) for line in planned.stdout.splitlines())
+    assert list(said) == [
+        *("rows", "columns", "done before", "this launch", "vectors", "model", "crops", "device", "numbers")
     ]
-    assert lines[0] == "rows: 31 on 5 pictures, 1 to 14 (6.2 on average) questions a picture"
-    assert lines[1] == "columns: question_id, image_id as the picture, question, answer as the ground truth"
+    assert said["rows"] == "31 on 5 pictures, 1 to 14 (6.2 on average) questions a picture"
+    assert said["columns"] == "question_id, image_id as the picture, question, answer as the ground truth"
+    assert said["crops"].endswith("; end tokens: <|endoftext|> (512), <|end|> (516)")
     found = re.fullmatch(
-        r"this launch: (\d+) rows to do now, 2 ranks \(by torchrun\), about (\d+) rows each, "
+        r"(\d+) rows to do now, 2 ranks \(by torchrun\), about (\d+) rows each, "
         r"slice 0 of 2 with (\d+) rows, from the Slurm array: --slice 0/1 takes the whole table",
-        lines[3],
+        said["this launch"],
     )
     assert found and found[1] == found[3] and abs(int(found[2]) - int(found[1]) / 2) <= 1
-    assert "layers 0, 2, 4, 6, 7" in lines[5] and "float32 (asked for)" in lines[7]
+    assert "layers 0, 2, 4, 6, 7" in said["model"] and "float32 (asked for)" in said["numbers"]
 
     by_hand = run(command(0, *photographs, "--output-dir", out, "--slice", "0/2"))
     assert by_hand.returncode == 0 and f"slice 0 of 2 with {found[3]} rows\n" in by_hand.stdout

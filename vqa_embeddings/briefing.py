@@ -63,7 +63,8 @@ def brief(
         f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {size(to_write)} to write now, "
         f"{size(parts)} for the parts later; {size(free)} free in {options.output_dir}"
     )
-    yield f"model: {run.model} ({run.layout} layout, vision LoRA {run.lora}), layers {', '.join(map(str, run.layers))}"
+    lora = "none: the weights hold it" if run.lora == "none" else run.lora
+    yield f"model: {run.model} ({run.layout} layout, vision LoRA {lora}), layers {', '.join(map(str, run.layers))}"
     yield f"{describe_crops(checkpoint.pictures)}; end tokens: {', '.join(checkpoint.ends.values())}"
     yield f"device: {device.description}{describe_devices(device)}"
     if device.memory:
