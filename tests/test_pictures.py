@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from unicodedata import normalize
 
 import numpy as np
 import psutil
@@ -22,11 +25,14 @@ from running import all_end, until
 
 from vqa_embeddings import folder as folder_module
 from vqa_embeddings import images as images_module
+from vqa_embeddings import nearby
 from vqa_embeddings import opener as opener_module
-from vqa_embeddings.errors import PictureNotFound, PictureUnreadable, StorageFailed
+from vqa_embeddings.briefing import find_absent
+from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageFailed
 from vqa_embeddings.folder import GONE, PictureFolder, locate
 from vqa_embeddings.images import open_picture, read_ahead
 from vqa_embeddings.opener import Openers
+from vqa_embeddings.table import Table
 
 ODD = odd()
 UNREADABLE = {name: data for name, (data, error) in bad().items() if error == "PictureUnreadable"}
@@ -172,6 +178,127 @@ def test_a_picture_that_is_missing_is_the_rows_fault(folder):
             folder.read(name, open_picture)
 
 
+GUESSED = [
+    ("dog", "dog.jpg"),
+    ("dog.jpg", "dog.jpeg"),
+    ("dog.jpg", "dog.JPG"),
+    ("dog.png", "dog"),
+    ("Dog.PNG", "dog.png"),
+    ("dog.jpg ", "dog.jpg"),
+    ("139", "000000000139.jpg"),
+    ("139.0", "000000000139.jpg"),
+    ("139.jpg", "000000000139.jpg"),
+    ("COCO_val2014_000000000139.jpg", "000000000139.jpg"),
+    ("images/dog.jpg", "dog.jpg"),
+    ("coco/images/val2014/dog.jpg", "val2014/dog.jpg"),
+    ("more\\dog.jpg", "more/dog.jpg"),
+    ("C:\\pictures\\dog.jpg", "dog.jpg"),
+    ("http://example.org/2014/dog.jpg", "dog.jpg"),
+    ("/data/images/dog.jpg", "dog.jpg"),
+    ("../images/dog.jpg", "dog.jpg"),
+    ("~/images/dog.jpg", "dog.jpg"),
+]
+LISTED = [
+    ("139", "COCO_val2014_000000000139.jpg"),
+    ("139", "val2014/COCO_val2014_000000000139.jpg"),
+    ("dog.jpg", "val2014/dog.jpg"),
+    ("größe.jpg", "GRÖSSE.png"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "listed"), [*((*pair, 0) for pair in GUESSED), *((*pair, 1000) for pair in GUESSED + LISTED)]
+)
+def test_a_picture_that_is_missing_is_said_to_be_where_it_is_and_not_taken(folder, monkeypatch, name, there, listed):
+    """With no entry listed, as in a folder of a million files, of which those that are listed are others."""
+    monkeypatch.setattr(nearby, "LISTED", listed)
+    lay(folder.path, there, ODD["bitmap.bmp"][0])
+    kind = PictureOutsideFolder if name.startswith(("/", "..")) else PictureNotFound
+    with pytest.raises(kind) as failed:
+        folder.read(name, open_picture)
+    assert str(failed.value).endswith(f"; there is {there!r}: if that is meant, correct the table or --images-dir")
+
+
+@pytest.mark.parametrize(
+    "name", ["dog.png", "cow", "12", "less/dog.png", "/data/dog.png", "../dog.png", "round.jpg", "."]
+)
+def test_what_is_not_there_is_not_said_to_be(folder, name):
+    (folder.path / "round.jpg").symlink_to("nowhere.jpg")
+    for spelling in (name, f"./{name}"):
+        with pytest.raises((PictureNotFound, PictureOutsideFolder)) as failed:
+            folder.read(spelling, open_picture)
+        assert "there is" not in str(failed.value)
+
+
+def test_a_million_missing_pictures_cost_a_look_each_and_one_listing(folder, monkeypatch):
+    looked: Counter[str] = Counter()
+    for module, name in ((os, "scandir"), (os.path, "isfile")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, name=name, whole=whole: looked.update([name]) or whole(path))
+    for number in range(3 * nearby.LOOKS):
+        with pytest.raises(PictureNotFound):
+            folder.read(f"images/{number}.jpg", open_picture)
+    assert looked["scandir"] == 2  # of the folder, and of the one in it
+    assert looked["isfile"] <= nearby.LOOKS * nearby.TRIED
+
+
+def test_a_look_on_a_broken_disk_changes_nothing(folder, monkeypatch):
+    def fail(*arguments: object) -> object:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    monkeypatch.setattr(os.path, "isfile", lambda path: False)
+    with pytest.raises(PictureNotFound, match=r"put one there$"):
+        folder.read("dog.jpg", open_picture)
+    monkeypatch.setattr(Path, "stat", fail)
+    monkeypatch.setattr(folder, "hint", lambda name: pytest.fail("looked where the disk is at fault"))
+    with pytest.raises(PictureNotFound, match="Input/output error"):
+        folder.read("dog.jpg", open_picture)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_the_other_unicode_form_of_a_name_is_the_same_picture_where_the_very_name_is_not_there(tmp_path, forms):
+    named, there = (normalize(form, "Ånger é/größe é.png") for form in forms)
+    lay(tmp_path, there, ODD["bitmap.bmp"][0])
+    folder = PictureFolder(tmp_path)
+    assert folder.read(named, os.fspath) == str(tmp_path / there)
+    lay(tmp_path, named, ODD["rgba.png"][0])
+    assert folder.read(named, os.fspath) == str(tmp_path / named)
+    assert folder.read(there, os.fspath) == str(tmp_path / there)
+
+
+@pytest.mark.parametrize("given", ["as it lies", "through a link", "relative", "relative in a linked folder"])
+def test_an_absolute_name_that_leads_to_the_folder_is_taken(tmp_path, monkeypatch, given):
+    lay(tmp_path / "real" / "images", "more/cat.png", ODD["bitmap.bmp"][0])
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    monkeypatch.setenv("PWD", str(tmp_path / ("link" if given == "relative in a linked folder" else "real")))
+    path = {"as it lies": tmp_path / "real" / "images", "through a link": tmp_path / "link" / "images"}
+    folder = PictureFolder(path.get(given, Path("images")))
+    names = ["real"] if given in ("as it lies", "relative") else ["real", "link"]
+    for name in names:
+        for spelling in (f"{tmp_path}/{name}/images/more/cat.png", f"/{tmp_path}/{name}//images/./more//cat.png"):
+            assert folder.read(spelling, open_picture).size == (128, 96)
+    with pytest.raises(PictureNotFound, match="No such file"):
+        folder.read(f"{tmp_path}/real/images/dog.bmp", open_picture)
+    for name in (f"{tmp_path}/real/images", "/"):
+        with pytest.raises((PictureNotFound, PictureOutsideFolder)):
+            folder.read(name, open_picture)
+    for name in (f"{tmp_path}/real/images2/cat.png", f"{tmp_path}/real/images/../images/more/cat.png", "more/../cat"):
+        with pytest.raises(PictureOutsideFolder) as failed:
+            folder.read(name, open_picture)
+        assert ("has a '..'" if ".." in name else "does not begin with") in str(failed.value)
+
+
+def test_a_table_without_any_right_name_is_warned_of_with_what_is_there(folder):
+    table = Table(["1", "2"], ["139", "140"], ["?", "?"], ["", ""])
+    assert "there is" not in find_absent(folder, table, SimpleNamespace(rows=[0, 1]))
+    folder = PictureFolder(folder.path)  # which lists what is there anew
+    lay(folder.path, "000000000139.jpg", ODD["bitmap.bmp"][0])
+    warning = find_absent(folder, table, SimpleNamespace(rows=[0, 1]))
+    assert warning.endswith("not even '139', but there is '000000000139.jpg'")
+
+
 @pytest.mark.parametrize("read_before", [True, False])
 @pytest.mark.parametrize("made_anew", [True, False])
 def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, read_before, made_anew):
@@ -180,7 +307,7 @@ def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, rea
     folder.path.rename(folder.path.with_name("elsewhere"))
     if made_anew:  # as the mount point is, say
         folder.path.mkdir()
-    for name in ("cat.png", "more/cat.png", "dog.png"):
+    for name in ("cat.png", "more/cat.png", "dog.png", str(folder.path / "cat.png")):
         with pytest.raises(StorageFailed, match=r"images is no longer the folder .* mount it again"):
             folder.read(name, open_picture)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, count_processes
-from vqa_embeddings.errors import RowFailed
+from vqa_embeddings.errors import RowFailed, quoted
 from vqa_embeddings.folder import PictureFolder, locate
 from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
@@ -128,7 +128,11 @@ def find_absent(folder: PictureFolder, table: Table, launch: Launch) -> str | No
         except RowFailed:
             continue
         return None
-    return f"none of the first {len(tried)} pictures is in {folder.path}, not even {tried[0]!r}" if tried else None
+    if not tried:
+        return None
+    hint = folder.hint(tried[0])
+    absent = f"none of the first {len(tried)} pictures is in {folder.path}, not even {quoted(tried[0])}"
+    return f"{absent}, but {hint}" if hint else absent
 
 
 def find_shortage(free: int, segments: int, parts: int) -> str | None:

@@ -1,5 +1,7 @@
 """The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
 
+LONGEST_SHOWN = 300  # characters of what a sentence quotes
+
 
 class Refused(Exception):
     """The input, the arguments or the output folder are refused before any work: exit status 2.
@@ -31,7 +33,7 @@ class PictureNotFound(RowFailed):
 
 
 class PictureOutsideFolder(RowFailed):
-    """The row's picture is named by an absolute path, or by one that climbs out of the folder."""
+    """The row's picture is named by an absolute path that leads elsewhere, or by one that climbs."""
 
 
 class PictureUnreadable(RowFailed):
@@ -50,6 +52,11 @@ class NonFiniteValues(RowFailed):
     """A vector of the row, or the logits of a token of its answer, hold a NaN or an infinity."""
 
 
+def quoted(text: str) -> str:
+    """A text as a sentence shows it: between quotation marks, on one line, and not too long."""
+    return repr(text) if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]!r}…"
+
+
 def one_line(error: object) -> str:
     """An error's message without line breaks, and not too long for a sentence."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:LONGEST_SHOWN] or type(error).__name__

@@ -5,13 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+from unicodedata import normalize
 
-from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, Refused, StorageFailed
+from vqa_embeddings.errors import (
+    PictureNotFound,
+    PictureOutsideFolder,
+    PictureUnreadable,
+    Refused,
+    RowFailed,
+    StorageFailed,
+    quoted,
+)
+from vqa_embeddings.names import from_disk, to_disk
+from vqa_embeddings.nearby import Nearby
+from vqa_embeddings.world import working_folder
 
 T = TypeVar("T")
+F = TypeVar("F", bound=RowFailed)
 
 
 def _numbers(*names: str) -> set[int]:
@@ -19,7 +32,8 @@ def _numbers(*names: str) -> set[int]:
 
 
 # What says something about the one file that was asked for.
-OF_THE_FILE = _numbers("ENOENT", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "EISDIR", "EINVAL")
+NOT_THERE = _numbers("ENOENT", "ENOTDIR")
+OF_THE_FILE = NOT_THERE | _numbers("ENAMETOOLONG", "ELOOP", "EISDIR", "EINVAL")
 # What is answered for every file alike once a file server, a disk, a right to read, or the machine's room has gone.
 GONE = _numbers(
     *("ESTALE", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED", "ECONNRESET"),
@@ -29,7 +43,6 @@ GONE = _numbers(
 # All others, such as EIO and EACCES, may come from one file or from all. So many in a row, and it is seen whether the
 # last picture that was read can still be read; where none was, more of them are needed to tell.
 IN_A_ROW, IN_A_ROW_AT_FIRST = 3, 20
-LONGEST_SHOWN = 300  # characters of a name in a message
 LONGEST_NAME = 4096  # bytes: no system takes a longer path
 
 
@@ -52,6 +65,8 @@ class PictureFolder:
         self._errors = 0  # that may come from all files alike, since a picture was read
         self._last: Path | None = None  # picture that was read
         self._remember(os.path.realpath(path))
+        self._nearby = Nearby(path)
+        self._names = absolute_names(path)  # while it is there
 
     def read(self, name: str, open_picture: Callable[[Path], T]) -> T:
         """What `open_picture` makes of the picture `name`.
@@ -61,24 +76,41 @@ class PictureFolder:
             StorageFailed: what it lies on has gone, or no longer works.
         """
         try:
-            path = locate(self.path, name)
+            paths = places(self.path, self._names, name)
+        except PictureOutsideFolder as failure:
+            raise self._with_hint(failure, name) from None
+        try:
+            path = _find(paths, name)
             opened = open_picture(path)
         except (PictureNotFound, PictureUnreadable) as failure:
             if failure.errno is not None:
-                self._see_whether_all_is_there(self.path / name, failure.errno)
+                self._see_whether_all_is_there(paths, failure.errno)
+            if isinstance(failure, PictureNotFound) and failure.errno in NOT_THERE:
+                raise self._with_hint(failure, name) from None
             raise
         self._errors, self._last = 0, path
         self._remember(os.path.dirname(os.path.realpath(path)))
         return opened
 
-    def _see_whether_all_is_there(self, path: Path, number: int) -> None:
+    def hint(self, name: str) -> str | None:
+        """What else is there that may be meant by the name of a picture that is not, in half a sentence."""
+        found = self._nearby.find(name)
+        return found and f"there is {quoted(found)}"
+
+    def _with_hint(self, failure: F, name: str) -> F:
+        """The same failure, and what may be meant: only said where the failure is known to be the row's own."""
+        hint = self.hint(name)
+        said = f"{failure}; {hint}: if that is meant, correct the table or --images-dir" if hint else str(failure)
+        return type(failure)(said, failure.errno)
+
+    def _see_whether_all_is_there(self, paths: Sequence[Path], number: int) -> None:
         self._errors += number not in OF_THE_FILE
         if number in GONE or self._has_all_gone(number):
             raise StorageFailed(
-                f"{path} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
+                f"{paths[0]} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
                 "mend the file server or the disk, and the same command continues"
             )
-        changed = self._find_change(path)
+        changed = next(filter(None, map(self._find_change, paths)), None)
         if changed:
             raise StorageFailed(
                 f"{changed} is no longer the folder that it was when this run began; "
@@ -114,33 +146,81 @@ class PictureFolder:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """Where the picture `name` lies below `folder`. Links inside the folder are followed, wherever they lead.
+    """Where the picture `name` of a table lies below `folder`. Links in the folder are followed, wherever they lead.
 
     Raises:
-        PictureOutsideFolder: the name is absolute, or has a `..`.
-        PictureNotFound: the name is empty, or no file is there.
+        PictureOutsideFolder: as `places`.
+        PictureNotFound: as `places`; or no file is there.
+    """
+    return _find(places(folder, absolute_names(folder), name), name)
+
+
+def places(folder: Path, names: Sequence[str], name: str) -> list[Path]:
+    """Where the picture `name` of a table may lie below `folder`: under this name, or under its other Unicode form.
+
+    A Mac writes the letters and the accents of names apart, in archives too, and shows them as one.
+
+    Args:
+        names: the folder's own, `absolute_names`.
+    Raises:
+        PictureOutsideFolder: the name has a `..`, or is absolute and does not lead to the folder.
+        PictureNotFound: no file can have the name.
     """
     if not name.strip():
         raise PictureNotFound("the row names no picture; expected a file name below --images-dir, name one")
-    shown = repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}…"
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise PictureNotFound(f"{shown} is too long; expected a path of {LONGEST_NAME} bytes at most, rename it")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise PictureNotFound(f"{quoted(name)} is too long; expected a path of {LONGEST_NAME} bytes at most, rename it")
+    if ".." in PurePosixPath(name).parts:
         raise PictureOutsideFolder(
-            f"{shown} leads out of the picture folder; expected a relative path below --images-dir, rename it"
+            f"{quoted(name)} has a '..', which may lead out of the picture folder; "
+            "expected a path below --images-dir without one, rename it"
         )
-    path = folder / name
-    number, found = None, "it is not a file"
+    below = _below(names, name) if name.startswith("/") else name
+    if below is None:
+        raise PictureOutsideFolder(
+            f"{quoted(name)} is an absolute path that does not begin with {from_disk(folder.absolute())}; "
+            "expected one below --images-dir, rename it, or give --images-dir as the table has it"
+        )
+    forms = [below] if below.isascii() else [below, *(normalize(form, below) for form in ("NFC", "NFD"))]
     try:
-        if stat.S_ISREG(path.stat().st_mode):
-            return path
-    except OSError as error:  # not there, a name too long, no permission, a broken disk
-        number, found = error.errno, error.strerror or str(error)
-    except ValueError as error:  # a name that no file can have
-        found = str(error)
-    raise PictureNotFound(
-        f"{shown} cannot be found ({found}); expected a picture below --images-dir, put one there", number
+        return [folder / to_disk(form) for form in dict.fromkeys(forms)]
+    except ValueError as error:
+        raise _not_found(name, str(error)) from None
+
+
+def _find(paths: Sequence[Path], name: str) -> Path:
+    """The first of the paths at which a file is."""
+    for path in paths:
+        number, found = None, "it is not a file"
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                return path
+        except OSError as error:  # not there, a name too long, no permission, a broken disk
+            number, found = error.errno, error.strerror or str(error)
+        except ValueError as error:  # a name that no file can have
+            found = str(error)
+        if number != errno.ENOENT:
+            break
+    raise _not_found(name, found, number)
+
+
+def _not_found(name: str, found: str, number: int | None = None) -> PictureNotFound:
+    return PictureNotFound(
+        f"{quoted(name)} cannot be found ({found}); expected a picture below --images-dir, put one there", number
     )
+
+
+def _below(names: Sequence[str], name: str) -> str | None:
+    """What of an absolute name follows one of a folder's names; None where it leads elsewhere."""
+    path = PurePosixPath("/" + name.lstrip("/"))
+    return next((str(path.relative_to(base)) for base in names if path.is_relative_to(base)), None)
+
+
+def absolute_names(folder: Path) -> list[str]:
+    """A folder's names: as it was given, from where the process is or the shell believes to be; and as it lies."""
+    in_the_shell = os.path.normpath(os.path.join(working_folder(), folder))
+    candidates = os.path.abspath(folder), in_the_shell, os.path.realpath(folder)
+    return [from_disk(name) for name in candidates if _is_same(name, folder)]
 
 
 def _can_be_read(path: Path) -> bool:
@@ -158,6 +238,13 @@ def _with_parents(folder: str) -> Iterator[str]:
     while folder != (parent := os.path.dirname(folder)):
         yield folder
         folder = parent
+
+
+def _is_same(name: str, folder: Path) -> bool:
+    try:
+        return os.path.samefile(name, folder)
+    except OSError:
+        return False
 
 
 def _device(folder: str) -> int | None:

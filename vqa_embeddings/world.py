@@ -169,6 +169,11 @@ def _impossible(env: Mapping[str, str], names: Sequence[str], expected: str) -> 
     )
 
 
+def working_folder(environment: Mapping[str, str] = os.environ) -> str:
+    """The folder that the shell believes to be in, by the links that led there; it may be another one, or none."""
+    return environment.get("PWD", "")
+
+
 def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """The slice of a task of a Slurm array: its index, and how many tasks there are.
 
