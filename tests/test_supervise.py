@@ -109,10 +109,13 @@ def job(tmp_path, monkeypatch) -> Callable[..., QueuedJob]:
     """Makes a job about which `scontrol` says what the test wants."""
 
     def make(restarts: int, **facts: str) -> QueuedJob:
-        shown = " ".join(f"{key}={value}" for key, value in {"JobId": "7", "BatchFlag": "1", **facts}.items())
+        shown = " ".join(
+            f"{key}={value}" for key, value in {"JobId": "7", "JobName": "größe", "BatchFlag": "1", **facts}.items()
+        )
         scontrol = tmp_path / "bin" / "scontrol"
         scontrol.parent.mkdir(exist_ok=True)
-        scontrol.write_text(f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >> {tmp_path}/requeued || echo "{shown}"\n')
+        script = f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >> {tmp_path}/requeued || echo "{shown}"\n'
+        scontrol.write_text(script, encoding="latin-1")  # as a job's name may be
         scontrol.chmod(0o755)
         monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
         return QueuedJob("7", restarts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,7 +305,7 @@ def _fingerprint(folder: Path) -> str:
     )
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(folder)), size))
         with open(path, "rb") as stream:
             if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
                 digest.update(stream.read())

@@ -17,6 +17,7 @@ from vqa_embeddings import __version__
 from vqa_embeddings.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.layouts import IMAGE_RSTRIP
+from vqa_embeddings.names import for_libraries
 from vqa_embeddings.options import MODEL_CACHE, ExtractOptions
 from vqa_embeddings.weights import quiet_library
 
@@ -96,7 +97,7 @@ def make_checkpoint(
 
     quiet_library()
     folder.mkdir(parents=True)
-    tokens, unreadable, count = _save_processor(folder)
+    tokens, unreadable, count = _save_processor(for_libraries(folder))
     config = Phi4MultimodalConfig(**_config(sizes, tokens, count))
     stored = getattr(torch, dtype)
     with torch.device(device):

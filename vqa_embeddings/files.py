@@ -79,10 +79,16 @@ def publish_json(path: Path, value: Any, *, replace: bool = True) -> bool:
 @contextmanager
 def new_csv(path: Path, header: Sequence[str]) -> Iterator[Callable[[Sequence[str]], object]]:
     """Begin a CSV file, UTF-8, with `\\n` line ends, and give what adds a row to it."""
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        yield writer.writerow
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        usual = csv.writer(stream, lineterminator="\n")
+        quoting = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+        def add(row: Sequence[str]) -> object:
+            # Up to Python 3.12 the usual one leaves a carriage return bare, where a reader would end the line.
+            return (quoting if any("\r" in field for field in row) else usual).writerow(row)
+
+        add(header)
+        yield add
 
 
 def set_aside(path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed
+from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed, one_line
 from vqa_embeddings.kinds import foreign
+from vqa_embeddings.names import from_disk
 from vqa_embeddings.samples import doubt
 
 K = TypeVar("K")
@@ -74,7 +75,7 @@ def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnre
 
 def refused(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """What is raised about a file for a reason that says what to do."""
-    return PictureUnreadable(f"{path.name} cannot be read as a picture: {reason}", errno)
+    return PictureUnreadable(f"{from_disk(path.name)} cannot be read as a picture: {reason}", errno)
 
 
 def _reason(error: Exception) -> str:
@@ -147,8 +148,8 @@ def read_ahead(
                     break
             else:
                 raise StorageFailed(
-                    f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of {key}; "
-                    "mend the file server, and the same command continues"
+                    f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of "
+                    f"{one_line(key)}; mend the file server, and the same command continues"
                 )
             yield key, future.result()
     finally:

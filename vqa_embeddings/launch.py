@@ -16,6 +16,7 @@ from vqa_embeddings.errors import RowFailed
 from vqa_embeddings.files import copy_file, new_csv
 from vqa_embeddings.folder import PictureFolder, locate
 from vqa_embeddings.holdings import look
+from vqa_embeddings.names import from_disk
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.plan import pack, share_rows, unpack
 from vqa_embeddings.run import SHARDS_FOLDER, Run, known_columns
@@ -101,7 +102,7 @@ def describe_run(
     return Run(
         rows=len(table),
         rows_sha256=table.fingerprint(),
-        model=checkpoint.name,
+        model=from_disk(checkpoint.name).encode(errors="backslashreplace").decode(),  # an attribute of every part
         revision=checkpoint.revision,
         model_sha256=checkpoint.fingerprint,
         layout=checkpoint.layout,
@@ -115,7 +116,7 @@ def describe_run(
         vision_size=checkpoint.vision_size,
         device=device.kind,
         versions=versions(),
-        images_dir=str(options.images_dir.resolve()) if options.images_dir else "",
+        images_dir=from_disk(options.images_dir.resolve()) if options.images_dir else "",
         columns=dict(table.columns.names),
     )
 

@@ -17,6 +17,7 @@ from vqa_embeddings.coverage import KEEP, NOBODY, WRITE, Coverage, PartPlan, pla
 from vqa_embeddings.errors import Refused
 from vqa_embeddings.files import new_csv, publish, publish_json, set_aside, sha256
 from vqa_embeddings.holdings import Holdings, look
+from vqa_embeddings.names import from_disk
 from vqa_embeddings.options import MergeOptions
 from vqa_embeddings.pace import describe_shards, read_paces
 from vqa_embeddings.parts import (
@@ -261,7 +262,7 @@ def _withdraw(parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> None:
     for part, entry in zip(parts, entries, strict=True):
         announced = announced_path(part.path)
         with suppress(OSError):
-            if announced.read_text().startswith(entry["sha256"]):
+            if announced.read_bytes().startswith(entry["sha256"].encode()):
                 announced.unlink()
 
 
@@ -345,7 +346,7 @@ def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> tuple[dict[st
         "missing": int(coverage.missing.sum()),
         "duplicates": coverage.duplicates,
         "corrupt_segments": [
-            {"path": damaged.path.relative_to(folder).as_posix(), "reason": damaged.reason}
+            {"path": from_disk(damaged.path.relative_to(folder)), "reason": damaged.reason}
             for damaged in outcome.corrupt
         ],
         "parts": outcome.parts,

@@ -202,7 +202,7 @@ def _answer(stream: BinaryIO, path: Path) -> None:
         pixels = picture.tobytes()
     except (PictureUnreadable, MemoryError) as error:
         failure = error if isinstance(error, PictureUnreadable) else unreadable(path, TOO_LARGE)
-        reason = str(failure).encode()
+        reason = str(failure).encode(errors="backslashreplace")
         stream.write(ANSWER.pack(False, len(reason), failure.errno or 0) + reason)
         return
     stream.write(ANSWER.pack(True, *picture.size))

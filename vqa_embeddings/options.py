@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -114,7 +115,7 @@ def print_output_of_array() -> None:
         index, count = options.slice
         print(f"error: found --slice {index}/{count}; each task's slice is the array's, leave it out", file=sys.stderr)
         sys.exit(2)
-    print(options.output_dir)
+    sys.stdout.buffer.write(os.fsencode(options.output_dir) + b"\n")  # as it is, whatever the locale
 
 
 def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOptions:

@@ -21,6 +21,7 @@ from vqa_embeddings.coverage import Coverage
 from vqa_embeddings.errors import one_line
 from vqa_embeddings.files import publish_text
 from vqa_embeddings.holdings import Holdings
+from vqa_embeddings.names import to_disk
 from vqa_embeddings.pace import Pace, read_paces
 from vqa_embeddings.page import Answer, Failure, Page
 from vqa_embeddings.records import Extracted, Failed
@@ -181,7 +182,8 @@ def _vision_only(sample: Sample) -> np.ndarray:
 def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
     """Some rows of the sample, spread evenly over it, with thumbnails where their pictures can be read here."""
     places = sorted({round(place) for place in np.linspace(0, len(sample.records) - 1, SHOWN) if sample.records})
-    thumbnails = make_thumbnails(Path(run.images_dir), {table.images[sample.records[place].row] for place in places})
+    images = {table.images[sample.records[place].row] for place in places}
+    thumbnails = make_thumbnails(Path(to_disk(run.images_dir)), images)
     shown = []
     for place in places:
         record = sample.records[place]

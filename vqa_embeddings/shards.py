@@ -275,7 +275,7 @@ def _write_failed(group: h5py.Group, records: Sequence[Failed], table: Table) ->
 
 def _short(text: str) -> str:
     """A text that is there for people to see; a row's number says where the table has it whole."""
-    return text.encode()[:LONGEST_TEXT].decode(errors="ignore")
+    return text.encode(errors="backslashreplace")[:LONGEST_TEXT].decode(errors="ignore")
 
 
 def _write_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:

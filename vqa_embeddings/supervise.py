@@ -31,7 +31,7 @@ from vqa_embeddings.plan import choose_slice
 from vqa_embeddings.run import SHARDS_FOLDER, Run, read_run, read_run_rows
 from vqa_embeddings.signals import StopFlag
 from vqa_embeddings.table import Table
-from vqa_embeddings.voice import REFUSED
+from vqa_embeddings.voice import REFUSED, speak
 from vqa_embeddings.world import QueuedJob, read_array_slice, read_queued_job, same_command
 
 FRUITLESS_RUNS = 2  # in a row, after which a job does not go back into the queue by itself
@@ -191,7 +191,7 @@ def is_to_go_on(facts: Mapping[str, str]) -> bool:
 
 def say(sentence: str) -> None:
     """Tell the user, in the launch's log."""
-    print(f"launch: {sentence}", flush=True)
+    speak(f"launch: {sentence}")
 
 
 def _read_record(path: Path, before: Left) -> int:
@@ -209,7 +209,9 @@ def _ask_slurm(job: QueuedJob) -> dict[str, str]:
 
 
 def _scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True, timeout=60).stdout
+    command = ["scontrol", *arguments]  # which shows the names of jobs and folders, in whatever encoding they have
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from vqa_embeddings import columns
 from vqa_embeddings.columns import Columns
 from vqa_embeddings.csvfile import check_text, find_delimiter, read_records
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import Refused, quoted
 
 NAMED_ROWS = 3  # how many offending rows an error names
 BLOCK_ROWS = 1024  # of a table in memory: larger blocks are no faster to read, and slower to make
@@ -220,9 +220,9 @@ def _check_ids(path: Path, ids: Sequence[str]) -> None:
     for position in _suspects(ids).tolist():
         identity = ids[position]
         if identity in ("", ".") or "/" in identity:
-            bad[position] = f"{identity!r} cannot name an HDF5 group"
+            bad[position] = f"{quoted(identity)} cannot name an HDF5 group"
         elif identity in seen:
-            bad[position] = f"{identity!r} is there already"
+            bad[position] = f"{quoted(identity)} is there already"
         seen.add(identity)
         if len(bad) == NAMED_ROWS:
             break

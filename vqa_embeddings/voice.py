@@ -24,13 +24,13 @@ CLEAR_LINE = "\r\033[K"  # for terminals
 def say(world: World, sentence: str) -> None:
     """Print a sentence once for all ranks of the launch."""
     if world.main:
-        _print(sentence)
+        speak(sentence)
 
 
 def say_for_rank(world: World, sentence: str) -> None:
     """Print a sentence that is about this rank alone, in a terminal in the place of the main rank's bar."""
     place = CLEAR_LINE if not world.main and sys.stdout.isatty() else ""
-    _print(f"{place}rank {world.rank}: {sentence}" if world.size > 1 else sentence)
+    speak(f"{place}rank {world.rank}: {sentence}" if world.size > 1 else sentence)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def keep_reminding(rank: int, for_whom: Callable[[], str], over: Callable[[float
     """
     begun, pause = time.monotonic(), PATIENCE_SECONDS
     while not over(pause):
-        _print(f"rank {rank}: has waited {time.monotonic() - begun:.0f} s for {for_whom()}", sys.stderr)
+        speak(f"rank {rank}: has waited {time.monotonic() - begun:.0f} s for {for_whom()}", sys.stderr)
         pause = REMINDER_SECONDS
 
 
@@ -74,7 +74,7 @@ def refuse(refusal: Refused, world: World) -> int:
     """
     if not world.main:
         time.sleep(SECOND_VOICE_SECONDS)
-    _print(f"error: {refusal}", sys.stderr)
+    speak(f"error: {refusal}", sys.stderr)
     return REFUSED
 
 
@@ -87,11 +87,11 @@ def fail(failure: StorageFailed | OSError, world: World) -> int:
         what = failure.filename or "a file or a pipe"
         sentence = f"{what} fails ({failure.strerror}); mend the disk, and the same command continues"
     rank = f"rank {world.rank}: " if world.size > 1 else ""
-    _print(f"error: {rank}{sentence}", sys.stderr)
+    speak(f"error: {rank}{sentence}", sys.stderr)
     return FAILED
 
 
-def _print(sentence: str, stream: TextIO | None = None) -> None:
+def speak(sentence: str, stream: TextIO | None = None) -> None:
     """Print it at once. Where nobody can hear it, as on a full disk of logs, the work goes on all the same."""
     stream = stream or sys.stdout
     if stream is not None:  # as it is where it was closed before the start

@@ -14,6 +14,7 @@ from vqa_embeddings.checkpoint import Adapter, Checkpoint
 from vqa_embeddings.compute import keep_float32
 from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.layouts import IMAGE_TOKENS, ORIGINAL_AUDIO_TOKEN, TENSOR_NAMES, is_read, native_settings
+from vqa_embeddings.names import for_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
         image_processor = _load_image_processor(checkpoint)
         config = _load_config(checkpoint, tokenizer)
         model, loading = _model_without_audio().from_pretrained(
-            checkpoint.folder,
+            for_libraries(checkpoint.folder),
             config=config,
             key_mapping=TENSOR_NAMES,
             dtype=getattr(torch, loaded_dtype),
@@ -97,7 +98,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     path = checkpoint.folder / "tokenizer.json"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(for_libraries(checkpoint.folder), local_files_only=True)
     known = tokenizer.get_added_vocab()
     for token in (_image_token(checkpoint, tokenizer), *PROMPT_TOKENS):
         if token not in known or (token == "<|end|>" and known[token] not in checkpoint.ends):
@@ -133,7 +134,7 @@ def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
     if checkpoint.layout == "original":
         audio_token = known.get(ORIGINAL_AUDIO_TOKEN, image_token)
         return Phi4MultimodalConfig(**native_settings(checkpoint.config, image_token, audio_token))
-    config = Phi4MultimodalConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = Phi4MultimodalConfig.from_pretrained(for_libraries(checkpoint.folder), local_files_only=True)
     if config.vision_config.image_token_id != image_token:
         raise Refused(
             f"{checkpoint.folder}: the tokenizer's image token is {image_token}, the config's is "
@@ -276,7 +277,7 @@ def _read(tensors: dict[str, tuple[Path, str]], rows: slice = slice(None)) -> di
         by_file[path][name] = stored
     found = {}
     for path, names in by_file.items():
-        with safe_open(path, framework="pt") as file:
+        with safe_open(for_libraries(path.parent) / path.name, framework="pt") as file:
             found.update({name: file.get_slice(stored)[rows].float() for name, stored in names.items()})
     return found
 

@@ -353,6 +353,7 @@ def _publish_plan(path: Path, make: Callable[[], bytes]) -> None:
         content = PLAN + b"\n" + make()
     except Exception as error:
         reason = str(error) if isinstance(error, Refused) else f"another rank could not begin: {one_line(error)}"
-        publish(path, lambda temporary: temporary.write_bytes(NO_PLAN + b"\n" + reason.encode()), replace=False)
+        told = NO_PLAN + b"\n" + reason.encode(errors="backslashreplace")
+        publish(path, lambda temporary: temporary.write_bytes(told), replace=False)
         raise
     publish(path, lambda temporary: temporary.write_bytes(content), replace=False)
