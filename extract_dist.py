@@ -13,7 +13,7 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
-from vqa_embeddings.errors import Refused, StorageFailed
+from vqa_embeddings.errors import NothingFinite, Refused, StorageFailed
 from vqa_embeddings.options import ExtractOptions, parse_extract
 from vqa_embeddings.signals import StopFlag, run_program
 from vqa_embeddings.voice import fail, refuse, say, say_for_rank
@@ -34,7 +34,7 @@ def main() -> int:
         extract_share(options, world, stop)
     except Refused as refusal:
         return refuse(refusal, world)
-    except (StorageFailed, OSError) as failure:
+    except (StorageFailed, NothingFinite, OSError) as failure:
         return fail(failure, world)
     return 0
 
@@ -75,6 +75,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
 
     from vqa_embeddings.extract import extract
     from vqa_embeddings.phi4 import Phi4
+    from vqa_embeddings.probation import Probation
     from vqa_embeddings.stages import Stages
     from vqa_embeddings.weights import load_model
 
@@ -87,11 +88,12 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     stages = Stages()
     settings = options.batch_size, choose_workers(options.num_workers, device)
     records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages)
+    probation = Probation(launch.rows, dtype.value, over=launch.stock.extracted > 0)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
     try:
         with shard, Progress(world, options.output_dir, name, len(launch.rows), launch.slice_pending) as bar:
-            for finished in records:
+            for finished in probation.release(records):
                 with stages("waiting for the disk"):
                     shard.add(finished)
                     if stop.is_new():  # the KILL that follows need not wait for the rows in hand

@@ -7,13 +7,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import arguments_for, command, merge, run, table_rows, write_table
+from conftest import arguments_for, command, merge, run, segments, table_rows, write_table
 from PIL import Image
 from published_reader import read_published
+from safetensors.torch import load_file, save_file
 from test_rows import assert_equal_to_reference
 
 from vqa_embeddings.demo import DATA
+from vqa_embeddings.errors import NothingFinite
+from vqa_embeddings.probation import FEW, JUDGED, Probation
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.shards import read_failures
 from vqa_embeddings.table import read_table
 
 BAD = {
@@ -151,3 +157,107 @@ def test_a_picture_is_shown_as_its_exif_says(tmp_path, checkpoint, reference):
     rows = read_published(tmp_path / "out")
     assert_equal_to_reference(rows, {"007": wanted})
     assert rows["007"]["ground_truth_answer"] == "NA"
+
+
+def finite(row: int) -> Extracted:
+    return Extracted(row, *[np.zeros(1, np.float32)] * 4, answer="yes")
+
+
+def not_finite(row: int) -> Failed:
+    return Failed(row, "NonFiniteValues", f"layer_{row} holds a NaN")
+
+
+def not_found(row: int) -> Failed:
+    return Failed(row, "PictureNotFound", "no such file")
+
+
+def released(units: list[list[Extracted | Failed]], rows: int, over: bool = False) -> tuple[list[int], str]:
+    """The rows that may be committed, and what ended the rank."""
+    passed: list[int] = []
+    try:
+        for records in Probation(np.arange(rows), "float16", over).release(units):
+            passed += [record.row for record in records]
+    except NothingFinite as error:
+        return passed, str(error)
+    return passed, ""
+
+
+@pytest.mark.parametrize("together", [1, 5, 100])
+@pytest.mark.parametrize("rows", [FEW, JUDGED - 1, JUDGED, 100])
+def test_a_rank_without_a_finite_row_ends_and_commits_none_of_them(rows, together):
+    units = [[not_finite(row) for row in range(rows)[first:][:together]] for first in range(0, rows, together)]
+    passed, error = released(units, rows)
+    assert not passed
+    failed = next(count for count in (*range(together, rows, together), rows) if count >= min(rows, JUDGED))
+    wanted = f"none of the first {failed} rows came out finite in float16, and none of them is committed: layer_0 holds"
+    assert error.startswith(wanted)
+
+
+@pytest.mark.parametrize("rows", range(1, FEW))
+def test_a_few_rows_that_are_not_finite_are_failed_rows(rows):
+    assert released([[not_finite(row)] for row in range(rows)], rows) == (list(range(rows)), "")
+
+
+@pytest.mark.parametrize("before", [0, 1, JUDGED - 1])
+def test_once_a_row_has_come_out_finite_all_that_failed_are_kept(before):
+    units = [*([not_finite(row)] for row in range(before)), [finite(before)]]
+    passed, error = released([*units, *([not_finite(row)] for row in range(before + 1, 100))], 100)
+    assert (sorted(passed), error) == (list(range(100)), "")
+
+
+def test_where_the_folder_has_finite_rows_those_that_failed_may_be_tried_again_and_fail_again():
+    rows = list(range(100))
+    assert released([[not_finite(row)] for row in rows], 100, over=True) == (rows, "")
+
+
+def test_rows_that_end_first_are_not_taken_for_the_first_rows():
+    """One in a batch that comes out finite may have a long answer, and those that fail end at once."""
+    rows = [*range(1, 100), 0]
+    passed, error = released([[not_finite(row) for row in rows[:-1]], [finite(0)]], 100)
+    assert (sorted(passed), error) == (list(range(100)), "")
+
+
+def test_rows_that_failed_for_another_reason_are_passed_on_and_do_not_count():
+    units = [[not_found(row)] if row % 2 else [not_finite(row)] for row in range(200)]
+    odd, even = list(range(1, 2 * JUDGED - 1, 2)), len(range(0, 2 * JUDGED, 2))
+    passed, error = released(units, 200)
+    assert passed == odd and f"first {even} rows" in error
+    few = [[not_finite(row)] for row in range(FEW - 1)]
+    many = [[not_found(row) for row in range(FEW - 1, 100)]]
+    assert sorted(released([*few, *many], 100)[0]) == list(range(100))
+    passed, error = released([*few, [not_finite(FEW - 1)], [not_found(row) for row in range(FEW, 100)]], 100)
+    assert passed == list(range(FEW, 100)) and error, "what ends the run with others does not cost them"
+
+
+def test_what_is_held_back_when_the_run_is_stopped_is_left_to_the_next():
+    units = [[not_finite(row)] for row in range(JUDGED - 1)]
+    assert released([*units, [not_found(99)]], 100) == ([99], "")
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory, checkpoint) -> Path:
+    """A checkpoint that is finite in float32 and, as a decoder with large activations may be, not in float16."""
+    folder = tmp_path_factory.mktemp("overflowing") / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_number_format_that_is_too_narrow_ends_the_run_before_anything_of_it_is_committed(tmp_path, overflowing):
+    rows = [*table_rows()[:9], {**table_rows()[9], "image_id": "gone.jpg"}]
+    inputs = [*arguments_for(write_table(tmp_path / "vqa.csv", rows), overflowing), "--max-new-tokens", 1]
+    out = tmp_path / "float16"
+    done = run(command(0, *inputs, "--dtype", "float16", "--output-dir", out))
+    assert done.returncode == 1
+    [error] = [line for line in done.stderr.splitlines() if "error" in line]
+    assert error.startswith("error: none of the first 9 rows came out finite in float16, and none of them is committed")
+    assert "layer_2 holds" in error and error.endswith("try --dtype bfloat16 or float32 in another --output-dir")
+    assert "0 rows extracted, 1 failed, 9 left" in done.stdout
+    assert [failed.error for path in segments(out) for failed in read_failures(path)] == ["PictureNotFound"]
+    looked = merge(out, "--check")
+    assert looked.returncode == 3 and "extracted: 0; failed: 1; missing: 9" in looked.stdout
+    # What the sentence advises holds.
+    advised = run(command(0, *inputs, "--output-dir", tmp_path / "float32"))
+    assert advised.returncode == 0 and "9 rows extracted, 1 failed, 0 left" in advised.stdout

@@ -17,6 +17,13 @@ class StorageFailed(Exception):
     """
 
 
+class NothingFinite(Exception):
+    """The first rows have all failed by NonFiniteValues, as every other would: exit status 1.
+
+    The message is one sentence for the user, as that of `Refused`.
+    """
+
+
 class RowFailed(Exception):
     """One row cannot be extracted. It is recorded as data, and the others go on.
 

@@ -30,6 +30,7 @@ Record = Extracted | Failed
 
 GRACE_SECONDS = 10.0  # for the rows under way, after a request to stop; schedulers mostly kill after 30 or 60
 OTHER_FORMAT = "try --dtype bfloat16 or float32 in another --output-dir"
+OTHER_WEIGHTS = "check the weights of --model"  # where it was not float16: the other formats reach equally far
 NO_QUESTION = (
     "the row has no question, or only white space; expected text, leave the row out, or write its question and "
     "extract into another --output-dir"
@@ -342,14 +343,15 @@ class Flight:
         assert vision_only is not None and row.vision_token is not None and row.query_token is not None
         written = [token for token in row.written if token != NOT_FINITE]  # which only the last can be
         vectors = vision_only, row.vision_token, row.query_token, row.shown.picture.pixel_mean
-        record = checked(Extracted(row.row, *vectors, self._model.text(written)), self._model.layers)
+        remedy = OTHER_FORMAT if self._model.decoder.dtype == torch.float16 else OTHER_WEIGHTS
+        record = checked(Extracted(row.row, *vectors, self._model.text(written)), self._model.layers, remedy)
         if isinstance(record, Failed) or len(written) == len(row.written):
             return record
         return _failed(
             row.row,
             NonFiniteValues(
                 f"the logits of token {len(row.written)} of the answer are NaN or infinite; expected finite ones, "
-                f"{OTHER_FORMAT}"
+                f"{remedy}"
             ),
         )
 
@@ -392,24 +394,28 @@ class Flight:
         self._size = self._find_size()
 
 
-def checked(record: Extracted, layers: Sequence[int]) -> Record:
-    """The record, or why it is none: values that are NaN or infinite are never stored."""
+def checked(record: Extracted, layers: Sequence[int], remedy: str = OTHER_WEIGHTS) -> Record:
+    """The record, or why it is none: values that are NaN or infinite are never stored.
+
+    Args:
+        remedy: what to do about them, as the reason has it.
+    """
     try:
-        _check_finite("vision_only_representation", record.vision_only)
+        _check_finite("vision_only_representation", record.vision_only, remedy)
         for index, layer in enumerate(layers):
-            _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index])
-            _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index])
+            _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index], remedy)
+            _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index], remedy)
     except NonFiniteValues as failure:
         return _failed(record.row, failure)
     return record
 
 
-def _check_finite(name: str, vector: np.ndarray) -> None:
+def _check_finite(name: str, vector: np.ndarray, remedy: str) -> None:
     finite = np.isfinite(vector)
     if not finite.all():
         raise NonFiniteValues(
             f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}; expected none, "
-            f"{OTHER_FORMAT}"
+            f"{remedy}"
         )
 
 

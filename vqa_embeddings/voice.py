@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
-from vqa_embeddings.errors import Refused, StorageFailed
+from vqa_embeddings.errors import NothingFinite, Refused, StorageFailed
 
 if TYPE_CHECKING:
     from vqa_embeddings.world import World
@@ -78,7 +78,7 @@ def refuse(refusal: Refused, world: World) -> int:
     return REFUSED
 
 
-def fail(failure: StorageFailed | OSError, world: World) -> int:
+def fail(failure: StorageFailed | NothingFinite | OSError, world: World) -> int:
     """Say what has ended this rank's work, and give the exit status. What the system has not said is raised again."""
     sentence = str(failure)
     if isinstance(failure, OSError):
