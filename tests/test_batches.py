@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import TOKENS, table_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reference import strict_error
 from test_model import TOLERANCE, ask, assert_equals, load
 
 from vqa_embeddings import batch as batch_room
@@ -259,8 +259,8 @@ def test_what_the_vision_tower_leaves_out_nobody_reads(model, reference):
 
 
 def relative_difference(found: Extracted, wanted: Extracted) -> float:
-    pairs = ((found.vision_token, wanted.vision_token), (found.query_token, wanted.query_token))
-    return max(float(np.abs(one - two).max() / np.abs(two).max()) for one, two in pairs)
+    pairs = (found.vision_token, wanted.vision_token), (found.query_token, wanted.query_token)
+    return max(strict_error(*by_layer) for pair in pairs for by_layer in zip(*pair, strict=True))
 
 
 def relative_error_of(found: Extracted, wanted, layers: list[int]) -> float:
@@ -268,7 +268,7 @@ def relative_error_of(found: Extracted, wanted, layers: list[int]) -> float:
     for index, layer in enumerate(layers):
         pairs += [(found.vision_token[index], wanted.vision_token[layer])]
         pairs += [(found.query_token[index], wanted.query_token[layer])]
-    return max(float(np.abs(one - two).max() / np.abs(two).max()) for one, two in pairs)
+    return max(strict_error(*pair) for pair in pairs)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 2**16), st.floats(0, 40))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKENS, table_rows
+from massive import make_massive
 from PIL import Image
-from reference import relative_error
+from reference import Reference, relative_error, strict_error
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.normalizers import NFC
 
@@ -62,10 +63,10 @@ def ask(
 
 def assert_equals(model: Phi4, found, wanted) -> None:
     assert found.answer == wanted.answer
-    assert relative_error(found.vision_only, wanted.vision_only) < TOLERANCE
+    assert strict_error(found.vision_only, wanted.vision_only) < TOLERANCE
     for index, layer in enumerate(model.layers):
-        assert relative_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
-        assert relative_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
+        assert strict_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
+        assert strict_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
 
 
 def test_a_row_does_not_see_its_company(model):
@@ -141,6 +142,21 @@ def test_a_picture_of_more_than_4096_tokens(checkpoint, reference):
     wanted = reference.row(picture, "Is there a cup in the image?", tokens)
     assert wanted.tokens > 5000
     assert_equals(model, found, wanted)
+
+
+def test_float32_is_float32_beside_values_that_dwarf_the_rest(checkpoint, tmp_path):
+    """As in a trained decoder. An error relative to the largest value would not see one in any other dimension."""
+    make_massive(checkpoint, tmp_path / "massive")
+    model, reference = load(tmp_path / "massive", tokens=2), Reference(tmp_path / "massive")
+    picture, questions = open_picture(DATA / "coffee.jpg"), ["Is there a cup?", "Where?"]
+    for question, found in zip(questions, ask(model, [(picture, questions)]), strict=True):
+        wanted = reference.row(picture, question, 2)
+        assert_equals(model, found, wanted)
+        for index, layer in enumerate(model.layers[:-1]):
+            expected, moved = wanted.query_token[layer], found.query_token[index].copy()
+            assert np.abs(expected).max() > 20 * np.sort(np.abs(expected))[-2], "no value dwarfs the rest"
+            moved[7] += 0.2
+            assert relative_error(moved, expected) < TOLERANCE < strict_error(moved, expected)
 
 
 def test_the_regime_of_the_rotary_factors_shows_in_the_states(model, near_the_edge):

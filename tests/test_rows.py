@@ -10,7 +10,7 @@ import pytest
 from conftest import command, merge, run, table_rows
 from PIL import Image
 from published_reader import read_published
-from reference import relative_error
+from reference import relative_error, strict_error
 
 from vqa_embeddings.demo import DATA
 
@@ -21,12 +21,12 @@ def assert_equal_to_reference(rows: dict[str, dict], expected: dict[str, object]
     for question_id, row in rows.items():
         wanted = expected[question_id]
         assert row["answer"] == wanted.answer
-        assert relative_error(row["vision_only"], wanted.vision_only) < TOLERANCE
+        assert strict_error(row["vision_only"], wanted.vision_only) < TOLERANCE
         for name in ("vision_token", "query_token"):
             found, states = row[name], getattr(wanted, name)
             assert found.keys() == states.keys()
             for layer in states:
-                assert relative_error(found[layer], states[layer]) < TOLERANCE, f"{question_id} {name} layer {layer}"
+                assert strict_error(found[layer], states[layer]) < TOLERANCE, f"{question_id} {name} layer {layer}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

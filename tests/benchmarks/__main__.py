@@ -1,4 +1,4 @@
-"""All figures of this program's speed, in one command; a table and a JSON file.
+"""All figures of this program's speed and precision, in one command; a table and a JSON file.
 
     python -m tests.benchmarks [--quick] [--output-dir DIR] [--only NAME ...]
 
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks import extraction, merging, planning, ranks, reading
+from tests.benchmarks import extraction, merging, planning, precision, ranks, reading
 from vqa_embeddings.compute import versions
 
 PARTS = {
@@ -24,6 +24,7 @@ PARTS = {
     "merging": ("Merge", merging),
     "reading": ("Reading", reading),
     "planning": ("Planning and coverage", planning),
+    "precision": ("Precision of the number formats", precision),
 }
 
 
