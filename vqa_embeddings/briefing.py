@@ -53,6 +53,8 @@ def brief(
     yield f"columns: {table.columns.describe()}"
     again = ", tried again now" if options.retry_failed else ""
     yield f"done before: {stock.extracted} rows extracted, {stock.failed} failed{again}"
+    if stock.truncated:
+        yield f"{stock.truncated} rows done before on pictures that are cut off"
     index, count = launch.slice
     share = f", slice {index} of {count} with {launch.slice_rows} rows" if count > 1 else ""
     share += ", from the Slurm array: --slice 0/1 takes the whole table" if count > 1 and not options.slice else ""

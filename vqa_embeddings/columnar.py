@@ -2,6 +2,7 @@
 
 /row                                            int64 [n], positions in the table, from 0, in order
 /question_id, image_id, question, ground_truth_answer, answer         UTF-8 [n]
+/picture_truncated                              bool [n], whether the picture is cut off; only where one is
 /vision_only_representation                     float32 [n, vision]
 /vision_token_representation/layer_<k>          float32 [n, hidden]
 /query_token_representation/layer_<k>           float32 [n, hidden]
@@ -17,7 +18,7 @@ import numpy as np
 from vqa_embeddings.hdf5 import Groups, get_dataset
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import Run
-from vqa_embeddings.shards import CHUNK_ROWS, PIXEL_MEAN, VECTORS
+from vqa_embeddings.shards import CHUNK_ROWS, PIXEL_MEAN, VECTORS, read_truncated, write_truncated
 from vqa_embeddings.table import Table
 
 TEXTS = ("question_id", "image_id", "question", "ground_truth_answer", "answer")
@@ -38,6 +39,7 @@ def write_rows(
     texts = zip(*([*table.row(record.row - first), record.answer] for record in records), strict=True)
     for name, column in zip(TEXTS, texts, strict=True):
         file.create_dataset(name, data=list(column), dtype=h5py.string_dtype("utf-8"), track_times=False)
+    write_truncated(file, records)
     for name in VECTORS[1:]:
         Groups().new(file.id, name)
     packed = {"compression": "gzip", "shuffle": True} if compression == "gzip" else {}
@@ -46,18 +48,18 @@ def write_rows(
         file.create_dataset(name, data=values, chunks=chunks, track_times=False, **packed)
 
 
-def read_index(file: h5py.File, table: Table, first: int, last: int) -> np.ndarray:
-    """The rows that a part holds, int64 `[n]` and in order.
+def read_index(file: h5py.File, table: Table, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that a part holds, int64 `[n]` and in order, and those of them whose picture is cut off.
 
     Raises:
         ValueError: it holds one that is not among its rows `first` to `last - 1` of the table, or one twice.
     """
     if "row" not in file:  # all rows of the part have failed
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     rows = get_dataset(file, "row")[:]
     if len(rows) and not (first <= rows.min() and rows.max() < last and np.all(np.diff(rows) > 0)):
         raise ValueError(f"it holds rows that are not among {first + 1} to {last}, or not in their order")
-    return rows
+    return rows, rows[read_truncated(file, len(rows))]
 
 
 def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, run: Run) -> list[Extracted]:
@@ -69,8 +71,12 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
         for name in VECTORS[1:]
     ]
     means = get_dataset(file, PIXEL_MEAN)[:] if run.pixel_mean else np.zeros((len(answers), 0), np.float32)
+    truncated = read_truncated(file, len(answers)).tolist()
     return [
-        Extracted(row, vision_only[place], states[0][place], states[1][place], means[place], answers[place])
+        Extracted(
+            *(row, vision_only[place], states[0][place], states[1][place], means[place], answers[place]),
+            truncated=truncated[place],
+        )
         for row, place in zip(rows, places.tolist(), strict=True)
     ]
 

@@ -61,6 +61,19 @@ def cover(
     return Coverage(holder, position, extracted, has_failed & ~extracted, duplicates)
 
 
+def find_truncated(coverage: Coverage, held: Sequence[np.ndarray], in_parts: Iterable[np.ndarray]) -> np.ndarray:
+    """bool `[n]`, the values of the row are those of a picture that is cut off.
+
+    Args:
+        held: for each segment, those of its rows that say so; what the row's holder says counts.
+        in_parts: for each part likewise; what it says counts of rows that no segment holds.
+    """
+    truncated = np.zeros(len(coverage.holder), bool)
+    for holder, rows in (*enumerate(held), *((NOBODY, rows) for rows in in_parts)):
+        truncated[rows[coverage.holder[rows] == holder]] = True
+    return truncated
+
+
 @dataclass(frozen=True)
 class PartPlan:
     """What a merge does about one part: `number` from 1, rows `first` to `last - 1` of the table, from 0."""

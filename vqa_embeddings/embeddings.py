@@ -74,7 +74,8 @@ def open_embeddings(folder: str | Path) -> Embeddings:
         if part.layout == "grouped":
             rows = part.rows[left[part.rows]]
             take(part.path, "grouped", rows, rows, part.stamp)
-    return Embeddings(folder, run, table, extracted, sources, _Absent(folder, holdings, coverage))
+    absent, truncated = _Absent(folder, holdings, coverage), holdings.truncated(coverage)[extracted]
+    return Embeddings(folder, run, table, extracted, sources, absent, truncated)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Embeddings(Mapping[str, dict[str, Any]]):
     Attributes:
         run: what was extracted: model, layers, settings.
         ids: the `question_id` of each row.
+        truncated: bool `[n]`, whether the row's picture is cut off, and what there is of it was shown to the model.
     """
 
     def __init__(
@@ -139,8 +141,9 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         rows: np.ndarray,
         sources: Sequence[_Source],
         absent: Callable[[str], str],
+        truncated: np.ndarray,
     ) -> None:
-        self.folder, self.run = folder, run
+        self.folder, self.run, self.truncated = folder, run, truncated
         self._table, self._rows, self._sources, self._absent = table, rows, sources, absent
 
     def __len__(self) -> int:
@@ -298,7 +301,8 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         for into in np.split(order, ends) if len(order) else ():
             source, entry = self._sources[numbers[chosen[into[0]]]], entries[chosen[into]]
             sources.append(replace(source, rows=source.rows[entry], places=source.places[entry], into=into))
-        return Embeddings(self.folder, self.run, self._table, self._rows[chosen], sources, self._absent)
+        rows, truncated = self._rows[chosen], self.truncated[chosen]
+        return Embeddings(self.folder, self.run, self._table, rows, sources, self._absent, truncated)
 
     def _read_matrix(self, name: str, layer: int | None = None) -> np.ndarray:
         if layer is not None and layer not in self.layers:

@@ -4,6 +4,8 @@
 /<question_id>/vision_only_representation                              float32 [vision]
 /<question_id>/vision_token_representation/layer_<k>                   float32 [hidden]
 /<question_id>/query_token_representation/layer_<k>                    float32 [hidden]
+
+Where a row's picture is cut off, its group has the attribute `picture_truncated`, and the file says how many have.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5p, h5s, h5t
 
-from vqa_embeddings.hdf5 import Groups, get_dataset, new_memory_file
+from vqa_embeddings.hdf5 import Groups, get_dataset, get_group, new_memory_file
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.run import Run
-from vqa_embeddings.shards import PIXEL_MEAN, VECTORS
+from vqa_embeddings.shards import PIXEL_MEAN, TRUNCATED, VECTORS
 from vqa_embeddings.table import Table
 
 TEXTS = ("image_id", "question", "ground_truth_answer", "answer")
+TRUNCATED_COUNT = "truncated_pictures"  # attribute of the file: how many groups have theirs, where any has
 GZIP_LEVEL = 4  # h5py's default, which the published files were written with
 
 
@@ -40,10 +43,15 @@ def write_rows(
         index = record.row - first
         group.fill((table.images[index], table.questions[index], table.truths[index], record.answer), record)
         group.copy(file.id, table.ids[index])
+        if record.truncated:
+            file[table.ids[index]].attrs[TRUNCATED] = True
+    truncated = sum(record.truncated for record in records)
+    if truncated:
+        file.attrs[TRUNCATED_COUNT] = truncated
 
 
-def read_index(file: h5py.File, table: Table, first: int, last: int) -> np.ndarray:
-    """The rows that a part holds, int64 `[n]` and in order.
+def read_index(file: h5py.File, table: Table, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that a part holds, int64 `[n]` and in order, and those of them whose picture is cut off.
 
     Raises:
         ValueError: it holds one that is not among its rows `first` to `last - 1` of the table.
@@ -53,7 +61,10 @@ def read_index(file: h5py.File, table: Table, first: int, last: int) -> np.ndarr
     strange = [name for name in names if name not in position]
     if strange:
         raise ValueError(f"it holds {strange[0]!r}, which is not among its rows {first + 1} to {last}")
-    return np.array(sorted(position[name] for name in names), np.int64)
+    marked = names if TRUNCATED_COUNT in file.attrs else []  # opening each group takes long
+    truncated = [name for name in marked if _is_truncated(file, name)]
+    rows, cut = (np.array(sorted(position[name] for name in some), np.int64) for some in (names, truncated))
+    return rows, cut
 
 
 def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, run: Run) -> list[Extracted]:
@@ -63,8 +74,13 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
         read = partial(_read_dataset, file, table.ids[row - first])
         states = [np.stack([read(f"{name}/layer_{layer}")[:] for layer in run.layers]) for name in VECTORS[1:]]
         mean = read(PIXEL_MEAN)[:] if run.pixel_mean else np.zeros(0, np.float32)
-        records.append(Extracted(row, read(VECTORS[0])[:], states[0], states[1], mean, read("answer").asstr()[()]))
+        answer, truncated = read("answer").asstr()[()], _is_truncated(file, table.ids[row - first])
+        records.append(Extracted(row, read(VECTORS[0])[:], states[0], states[1], mean, answer, truncated))
     return records
+
+
+def _is_truncated(file: h5py.File, identity: str) -> bool:
+    return bool(get_group(file, identity).attrs.get(TRUNCATED, False))
 
 
 def _read_dataset(file: h5py.File, identity: str, name: str) -> h5py.Dataset:

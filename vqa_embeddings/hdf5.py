@@ -107,6 +107,11 @@ def get_dataset(parent: h5py.Group, name: str) -> h5py.Dataset:
     return dataset
 
 
+def get_group(parent: h5py.Group, name: str) -> h5py.Group:
+    """The group of this name. Raises as `get_dataset`."""
+    return _follow(parent, name)
+
+
 def _follow(parent: h5py.Group, name: str) -> Any:
     if parent.id.links.get_info(name.encode()).type != h5l.TYPE_HARD:
         raise ValueError(f"{name} is a link to another place")

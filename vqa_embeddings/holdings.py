@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_embeddings.coverage import Coverage, cover
+from vqa_embeddings.coverage import Coverage, cover, find_truncated
 from vqa_embeddings.parts import Part, read_parts
 from vqa_embeddings.records import Failed
 from vqa_embeddings.run import Run
@@ -34,6 +34,11 @@ class Holdings:
             [part.rows for part in self.parts],
             [segment.failed for segment in self.segments],
         )
+
+    def truncated(self, coverage: Coverage) -> np.ndarray:
+        """bool `[n]`, the row was extracted on a picture that is cut off; `coverage` is that of these files."""
+        in_segments = [segment.truncated for segment in self.segments]
+        return find_truncated(coverage, in_segments, [part.truncated for part in self.parts])
 
     def failures(self, wanted: np.ndarray) -> dict[int, Failed]:
         """Why rows failed, by row: the last reason that was recorded, as launches are named after their start.

@@ -33,12 +33,13 @@ class Stock:
     launch: str  # name of the launch
     extracted: int  # rows
     failed: int  # rows
+    truncated: int  # rows that were extracted on pictures that are cut off
     pending: np.ndarray  # bool [n], the rows that this and other launches are still to do
 
     def to_bytes(self) -> bytes:
         """As it goes from rank to rank."""
         counts = {"launch": self.launch, "extracted": self.extracted, "failed": self.failed}
-        return json.dumps(counts).encode() + b"\n" + pack(self.pending)
+        return json.dumps({**counts, "truncated": self.truncated}).encode() + b"\n" + pack(self.pending)
 
     @classmethod
     def from_bytes(cls, data: bytes, rows: int) -> Stock:
@@ -136,9 +137,13 @@ def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Laun
 
 def take_stock(options: ExtractOptions, run: Run, table: Table) -> Stock:
     """See what the output folder holds, and what is to do."""
-    coverage = look(options.output_dir, run, table).coverage()
+    holdings = look(options.output_dir, run, table)
+    coverage = holdings.coverage()
     pending = coverage.failed if options.retry_failed else coverage.missing
-    return Stock(new_launch(), int(coverage.extracted.sum()), int(coverage.failed.sum()), pending)
+    extracted, failed, truncated = (
+        int(rows.sum()) for rows in (coverage.extracted, coverage.failed, holdings.truncated(coverage))
+    )
+    return Stock(new_launch(), extracted, failed, truncated, pending)
 
 
 def share(options: ExtractOptions, world: World, stock: Stock, table: Table) -> Launch:

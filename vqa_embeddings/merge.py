@@ -55,6 +55,7 @@ class Outcome:
     corrupt: list[Corrupt]
     written: int
     pruned: int
+    truncated: int = 0  # rows whose picture is cut off
     shards: Sequence[str] = ()  # what there is to say of them
 
     @property
@@ -74,6 +75,8 @@ class Outcome:
         )
         yield from self.shards
         yield f"rows: {self.run.rows}; extracted: {extracted}; failed: {failed}; missing: {missing}"
+        if self.truncated:
+            yield f"{self.truncated} of the extracted rows are on pictures that are cut off (--truncated-pictures show)"
         if not options.check:
             yield f"parts: {len(self.parts)} whole, {self.written} written now; {folder}/{COVERAGE_FILE} says which"
         if self.pruned:
@@ -118,7 +121,9 @@ def _look_only(folder: Path, holdings: Holdings, *verified: str) -> Outcome:
         extracted, failed = committed.get(segment.path.parent.name, (0, 0))
         committed[segment.path.parent.name] = extracted + len(segment.rows), failed + len(segment.failed)
     shards = [*describe_shards(committed, read_paces(folder), time.time()), *verified]
-    return Outcome(holdings.run, holdings.coverage(), [], holdings.corrupt, 0, 0, shards)
+    coverage = holdings.coverage()
+    truncated = int(holdings.truncated(coverage).sum())
+    return Outcome(holdings.run, coverage, [], holdings.corrupt, 0, 0, truncated, shards)
 
 
 def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
@@ -184,7 +189,8 @@ def _merge(options: MergeOptions, findings: _Findings, workers: Workers) -> Outc
     known = {name: next(iter(one)) for name, one in findings.known.items()}  # of several, the one that was found
     hashes = known | found
     entries = [_entry(part, hashes.get(part.path.name)) for part in parts]
-    outcome = Outcome(holdings.run, coverage, entries, holdings.corrupt, len(to_write), 0)
+    truncated = int(holdings.truncated(coverage).sum())
+    outcome = Outcome(holdings.run, coverage, entries, holdings.corrupt, len(to_write), 0, truncated)
     summary, failures = _report(folder, holdings, outcome)
     _withdraw(parts, entries)
     read = _Reader(holdings, coverage, parts, {entry["file"]: entry["sha256"] for entry in entries}, set(found))
@@ -345,6 +351,7 @@ def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> tuple[dict[st
         "failed": int(coverage.failed.sum()),
         "missing": int(coverage.missing.sum()),
         "duplicates": coverage.duplicates,
+        "truncated_pictures": outcome.truncated,
         "corrupt_segments": [
             {"path": from_disk(damaged.path.relative_to(folder)), "reason": damaged.reason}
             for damaged in outcome.corrupt

@@ -154,6 +154,8 @@ class Page:
         parts = self.summary["parts"]
         assert isinstance(parts, list)
         whole = f"{len(parts)} part{' is' if len(parts) == 1 else 's are'} whole"
+        if self.summary["truncated_pictures"]:
+            whole += f". {self.summary['truncated_pictures']:,} of the extracted rows are on pictures that are cut off"
         return (
             f'<h2>Coverage</h2>\n<svg class="strip" role="img" aria-label="coverage" {box}>{"".join(bars)}</svg>\n'
             f'<p class="soft key">{key}; the table from its first row to its last. {whole}.</p>'

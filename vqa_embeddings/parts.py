@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Part:
     last: int
     size: int
     rows: np.ndarray
+    truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of `rows`: on pictures cut off
     stamp: tuple[int, ...] = ()  # of the file that was read, by `stamp_of`
 
 
@@ -242,5 +243,5 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
                 raise ValueError("it was this run's, and says that it is not")
             raise Refused(f"{path} belongs to another run or program; move it away, or check --output-dir")
         first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
-        rows = LAYOUTS[layout].read_index(file, table, first - 1, last)
-        return Part(path, layout, number, first - 1, last, size, rows, stamp_of(file))
+        rows, truncated = LAYOUTS[layout].read_index(file, table, first - 1, last)
+        return Part(path, layout, number, first - 1, last, size, rows, truncated, stamp_of(file))

@@ -17,6 +17,7 @@ class Extracted:
     query_token: np.ndarray  # float32 [layers, hidden]
     pixel_mean: np.ndarray  # float32 [448]
     answer: str
+    truncated: bool = False  # its picture is cut off, and what there is of it was shown
 
 
 @dataclass(frozen=True)

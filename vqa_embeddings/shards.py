@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +34,7 @@ CHUNK_ROWS = 16
 LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
 VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
 PIXEL_MEAN = "pixel_mean_representation"
+TRUNCATED = "picture_truncated"  # only where there is such a row: bool, whether its picture is cut off
 NO_CHECKSUM = "its checksum is not there"
 # What a file raises that is not what its name says.
 UNUSABLE = (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError)
@@ -46,6 +47,7 @@ class Segment:
     path: Path
     rows: np.ndarray  # those whose values it holds
     failed: np.ndarray  # those of which it says why they have none: read_failures reads the reasons
+    truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of `rows`: on pictures cut off
 
 
 @dataclass(frozen=True)
@@ -229,10 +231,35 @@ def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list
         names = ("row", "answer", *VECTORS, *([PIXEL_MEAN] if pixel_mean else ()))
         rows, answers, *vectors = (get_dataset(file, name)[lowest:highest] for name in names)
         vision_only, vision_token, query_token, means = (*vectors, np.zeros((len(rows), 0), np.float32))[:4]
+        truncated = read_truncated(file, len(get_dataset(file, "row")))[lowest:highest].tolist()
         return [
-            Extracted(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode())
+            Extracted(
+                *(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode()),
+                truncated=truncated[i],
+            )
             for i in (position - lowest for position in positions)
         ]
+
+
+def read_truncated(file: h5py.File, count: int) -> np.ndarray:
+    """Which of a file's rows, of which there are so many, have a picture that is cut off: bool `[count]`.
+
+    Raises:
+        ValueError: it does not say so of each row.
+    """
+    if TRUNCATED not in file:
+        return np.zeros(count, bool)
+    flags = get_dataset(file, TRUNCATED)
+    if flags.dtype != bool or flags.shape != (count,):
+        raise ValueError(f"its {TRUNCATED} has another length, or other values, than its rows have")
+    return flags[:]
+
+
+def write_truncated(file: h5py.File, records: Sequence[Extracted]) -> None:
+    """What `read_truncated` reads."""
+    flags = np.array([record.truncated for record in records], bool)
+    if flags.any():
+        file.create_dataset(TRUNCATED, data=flags, track_times=False)
 
 
 def read_failures(path: Path) -> list[Failed]:
@@ -257,6 +284,7 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
     _write_text(file, "question_id", [_short(table.ids[record.row]) for record in records])
     _write_text(file, "image_id", [_short(table.images[record.row]) for record in records])
     _write_text(file, "answer", [record.answer for record in records])
+    write_truncated(file, records)
     for name, shape in shapes.items():
         data = np.empty((count, *shape), np.float32)
         for position, record in enumerate(records):
@@ -293,7 +321,8 @@ def _read_index(path: Path, run: Run) -> Segment:
         if any(column.dtype.kind != "i" or column.ndim != 1 or len(column) > run.rows for column in columns):
             raise ValueError("its row numbers are none")
         rows, failed = (column[:] for column in columns)
+        truncated = rows[read_truncated(file, len(rows))]
     for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
             raise ValueError("it is about rows that the table has not")
-    return Segment(path, rows, failed)
+    return Segment(path, rows, failed, truncated)
