@@ -77,6 +77,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     from vqa_embeddings.phi4 import Phi4
     from vqa_embeddings.probation import Probation
     from vqa_embeddings.stages import Stages
+    from vqa_embeddings.viewing import Viewing
     from vqa_embeddings.weights import load_model
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
@@ -87,7 +88,8 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     stop.defer()
     stages = Stages()
     settings = options.batch_size, choose_workers(options.num_workers, device)
-    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages)
+    viewing = Viewing(options.max_megapixels, options.truncated_pictures == "show")
+    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages, viewing)
     probation = Probation(launch.rows, dtype.value, over=launch.stock.extracted > 0)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -24,6 +25,7 @@ from vqa_embeddings.phi4 import Phi4, Picture
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.stages import Stages
 from vqa_embeddings.table import Table
+from vqa_embeddings.viewing import Viewing
 from vqa_embeddings.vision import PATCHES_AT_ONCE, Pixels
 
 Record = Extracted | Failed
@@ -47,6 +49,7 @@ def extract(
     workers: int,
     stopping: Callable[[], bool] = lambda: False,
     stages: Stages | None = None,
+    viewing: Viewing | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `rows`, some at a time. What a row comes to does not depend on its company.
 
@@ -57,12 +60,13 @@ def extract(
         stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end; what would
             have to begin again, for want of memory or under the long rotary factors, is left to another run.
         stages: takes the time of what is done.
+        viewing: what is taken for a picture.
     Yields:
         The records that one unit of work has finished, often none.
     Raises:
         StorageFailed: the pictures have gone; after the records of those that had been read.
     """
-    open_ = Openers() if workers else open_picture
+    open_ = Openers(viewing) if workers else partial(open_picture, viewing=viewing)
 
     def prepare(group: tuple[str | None, list[int]]) -> Pixels:
         if group[0] is None:
@@ -343,8 +347,9 @@ class Flight:
         assert vision_only is not None and row.vision_token is not None and row.query_token is not None
         written = [token for token in row.written if token != NOT_FINITE]  # which only the last can be
         vectors = vision_only, row.vision_token, row.query_token, row.shown.picture.pixel_mean
+        text, truncated = self._model.text(written), row.shown.picture.truncated
         remedy = OTHER_FORMAT if self._model.decoder.dtype == torch.float16 else OTHER_WEIGHTS
-        record = checked(Extracted(row.row, *vectors, self._model.text(written)), self._model.layers, remedy)
+        record = checked(Extracted(row.row, *vectors, text, truncated), self._model.layers, remedy)
         if isinstance(record, Failed) or len(written) == len(row.written):
             return record
         return _failed(

@@ -16,6 +16,7 @@ from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed, o
 from vqa_embeddings.kinds import foreign
 from vqa_embeddings.names import from_disk
 from vqa_embeddings.samples import doubt
+from vqa_embeddings.viewing import Unfit, Viewing, view
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -27,9 +28,9 @@ LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener take
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, viewing: Viewing | None = None) -> Image.Image:
     """The picture that lies at `path`, as `decode` gives it."""
-    return decode(path, read_file(path))
+    return decode(path, read_file(path), viewing or Viewing())
 
 
 def read_file(path: Path) -> bytes:
@@ -46,7 +47,7 @@ def read_file(path: Path) -> bytes:
         raise unreadable(path, TOO_LARGE) from None
 
 
-def decode(path: Path, data: bytes) -> Image.Image:
+def decode(path: Path, data: bytes, viewing: Viewing) -> Image.Image:
     """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
 
     Transparency, gamma and colour profiles are left out, as the published script does. Of 16 bits a channel the upper
@@ -55,17 +56,23 @@ def decode(path: Path, data: bytes) -> Image.Image:
     Args:
         path: where it was read, for messages.
     Raises:
-        PictureUnreadable: it is no whole picture of a format in `FORMATS`, or not of those that were seen to be shown
-            right (`samples`).
+        PictureUnreadable: it is no whole picture of a format in `FORMATS`, none for this `viewing`, or not of those
+            that were seen to be shown right (`samples`).
     """
     if reason := foreign(data) or doubt(data):
         raise refused(path, reason)
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-            picture.load()
-            return _upright(_eight_bits(picture)).convert("RGB")
+        return view(data, viewing, _see)
+    except Unfit as unfit:
+        raise refused(path, f"{unfit.reason}; {unfit.advice}") from None
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
         raise unreadable(path, _reason(error)) from None
+
+
+def _see(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as picture:
+        picture.load()
+        return _upright(_eight_bits(picture)).convert("RGB")
 
 
 def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:

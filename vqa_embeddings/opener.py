@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,22 +25,27 @@ from PIL import Image
 
 from vqa_embeddings.errors import PictureUnreadable, StorageFailed
 from vqa_embeddings.images import TOO_LARGE, decode, read_file, unreadable
+from vqa_embeddings.options import MAX_MEGAPIXELS
 from vqa_embeddings.signals import follow_parent, start_child
+from vqa_embeddings.viewing import Viewing, is_truncated, mark
 
 START_SECONDS = 600.0  # in which a thousand ranks import from one file server
 OPEN_SECONDS = 120.0  # for reading a picture, which a busy file server takes its time for, and again for decoding it
 SLICE_SECONDS = 0.5  # by which these are counted: while a job is suspended, only the slice under way passes
-MEMORY_BYTES = 4 << 30  # of address space: Pillow refuses pictures whose pixels would take more than a quarter of it
+# Of address space, where 178.9 megapixels are the most: 30 bytes a pixel. JPEG 2000 with transparency takes 26.
+MEMORY_BYTES = 5 << 30
 TRIES = 2  # an opener may also have been ended by a machine without memory, which is not its picture's fault
 PAUSES = (1.0, 10.0)  # seconds until another process may be started, where there are too many or too little memory
 STEP_DONE = b"+"  # said once at the start, and of each picture once its file is read
-ANSWER = struct.Struct("!?qq")  # whether it is a picture; its width and height, or the reason's length and number
+# Whether it is a picture, and one that is cut off; its width and height, or the reason's length and number.
+ANSWER = struct.Struct("!??qq")
 
 
 class Openers:
     """Opens pictures like `open_picture`, for each thread in a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, viewing: Viewing | None = None) -> None:
+        self._viewing = viewing or Viewing()
         self._of_thread = threading.local()
 
     def __call__(self, path: Path) -> Image.Image:
@@ -52,7 +58,7 @@ class Openers:
         for _ in range(TRIES):
             opener = getattr(self._of_thread, "opener", None)
             try:
-                opener = self._of_thread.opener = opener or _start()
+                opener = self._of_thread.opener = opener or _start(self._viewing)
                 return opener.open(path)
             except OpenerDied as died:
                 self._of_thread.opener = None
@@ -76,13 +82,13 @@ class NotStarted(OpenerDied):
     """The process has ended before there was a picture."""
 
 
-def _start() -> Opener:
+def _start(viewing: Viewing) -> Opener:
     for pause in PAUSES:
         with suppress(OSError):
-            return Opener()
+            return Opener(viewing)
         time.sleep(pause)
     try:
-        return Opener()
+        return Opener(viewing)
     except OSError as error:
         raise StorageFailed(
             f"no process can be started that opens pictures ({error.strerror}); "
@@ -93,7 +99,7 @@ def _start() -> Opener:
 class Opener:
     """The process, and the pipes to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, viewing: Viewing) -> None:
         """Start it, and wait until it is ready.
 
         Raises:
@@ -105,7 +111,8 @@ class Opener:
         self._answers = os.fdopen(ear, "rb", buffering=0)
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
-            self._process = start_child(serve, MEMORY_BYTES, mouth, pass_fds=[mouth], **streams)
+            settings = memory_for(viewing), *astuple(viewing)
+            self._process = start_child(serve, *settings, mouth, pass_fds=[mouth], **streams)
         finally:
             os.close(mouth)
         self._ready = select.poll()
@@ -146,12 +153,13 @@ class Opener:
                 f"{path} has not been read within {OPEN_SECONDS:.0f} s; "
                 "mend its file server, and the same command continues"
             ) from None
-        good, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
+        good, truncated, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
         if not good:
             length, number = size
             raise PictureUnreadable(self._read(length, OPEN_SECONDS).decode(), number or None)
         width, height = size
-        return Image.frombytes("RGB", (width, height), self._read(width * height * 3, OPEN_SECONDS))
+        pixels = self._read(width * height * 3, OPEN_SECONDS)
+        return mark(Image.frombytes("RGB", (width, height), pixels), truncated)
 
     def _read(self, count: int, seconds: float) -> bytearray:
         """So many bytes, between which the process may be silent for so long."""
@@ -172,10 +180,16 @@ class Opener:
         return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
-def serve(memory: int, answers: int, parent: int) -> None:
+def memory_for(viewing: Viewing) -> int:
+    """Bytes of address space in which the largest picture can be opened."""
+    return round(MEMORY_BYTES * max(1.0, viewing.max_megapixels / MAX_MEGAPIXELS))
+
+
+def serve(memory: int, max_megapixels: float, show_truncated: bool, answers: int, parent: int) -> None:
     """What the process does, with so many bytes: open one picture after another, until there are no more.
 
     Args:
+        max_megapixels, show_truncated: those of a `Viewing`.
         answers: descriptor of the pipe that takes the answers.
     """
     follow_parent(signal.SIGKILL, parent)
@@ -184,28 +198,29 @@ def serve(memory: int, answers: int, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on only decoders complain, and nobody listens
+    viewing = Viewing(max_megapixels, show_truncated)
     requests = sys.stdin.buffer
     with open(answers, "wb") as stream:
         _finish_step(stream)
         while head := requests.read(8):
-            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))))
+            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))), viewing)
             stream.flush()
 
 
-def _answer(stream: BinaryIO, path: Path) -> None:
+def _answer(stream: BinaryIO, path: Path, viewing: Viewing) -> None:
     try:
         try:
             data = read_file(path)
         finally:
             _finish_step(stream)
-        picture = decode(path, data)
+        picture = decode(path, data, viewing)
         pixels = picture.tobytes()
     except (PictureUnreadable, MemoryError) as error:
         failure = error if isinstance(error, PictureUnreadable) else unreadable(path, TOO_LARGE)
         reason = str(failure).encode(errors="backslashreplace")
-        stream.write(ANSWER.pack(False, len(reason), failure.errno or 0) + reason)
+        stream.write(ANSWER.pack(False, False, len(reason), failure.errno or 0) + reason)
         return
-    stream.write(ANSWER.pack(True, *picture.size))
+    stream.write(ANSWER.pack(True, is_truncated(picture), *picture.size))
     stream.write(pixels)
 
 

@@ -15,6 +15,9 @@ MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 LORA = ("merged", "adapter", "none")
+TRUNCATED = ("fail", "show")
+MAX_MEGAPIXELS = 178.9
+MOST_MEGAPIXELS = 1e6  # a larger limit is a slip
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class ExtractOptions:
     retry_failed: bool
     lora: str
     pixel_mean: bool
+    truncated_pictures: str
+    max_megapixels: float
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     lora = "vision LoRA added to the weights, as layers, or none: the weights hold it already (%(default)s)"
     add("--lora", choices=LORA, default="merged", help=lora)
     add("--pixel-mean", action="store_true", help="also store the published script's mean of the pixels, [448]")
+    truncated = "rows fail whose picture is cut off, or are asked about what there is of it (%(default)s)"
+    add("--truncated-pictures", choices=TRUNCATED, default="fail", help=truncated)
+    largest = "the largest picture that is opened (%(default)s)"
+    add("--max-megapixels", type=_megapixels, metavar="N", default=MAX_MEGAPIXELS, help=largest)
 
     options = ExtractOptions(**vars(parser.parse_args(argv)))
     missing = [name for name in ("vqa_dataset", "images_dir") if getattr(options, name) is None]
@@ -157,6 +166,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return value
+
+
+def _megapixels(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MOST_MEGAPIXELS:  # which nothing that is no number is
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, and {MOST_MEGAPIXELS:.0f} at most")
     return value
 
 

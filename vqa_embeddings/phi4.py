@@ -26,6 +26,7 @@ from vqa_embeddings.compute import send
 from vqa_embeddings.decoder import Decoder
 from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
 from vqa_embeddings.layouts import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
+from vqa_embeddings.viewing import is_truncated
 from vqa_embeddings.vision import Pixels, Vision
 
 # What the tokenizer's `rstrip` tokens swallow after them: Unicode's White_Space, which str.strip() exceeds.
@@ -41,6 +42,7 @@ class Picture:
     embeddings: Tensor  # [prefix, hidden]: `<|user|>` and the image tokens, as the decoder reads them
     vision_only: Tensor  # float32 [vision]
     pixel_mean: np.ndarray  # `Pixels.mean`
+    truncated: bool  # `Pixels.truncated`
 
 
 class Phi4:
@@ -90,7 +92,8 @@ class Phi4:
         crops, mask = made["image_pixel_values"][0], made["image_attention_mask"][0]
         height, width = made["image_sizes"][0].tolist()
         mean = crops.float().mean(dim=(0, 1, 2)).numpy()
-        return Pixels(crops.to(self.vision.dtype), mask, (height, width), int(made["num_img_tokens"][0]), mean)
+        size, tokens = (height, width), int(made["num_img_tokens"][0])
+        return Pixels(crops.to(self.vision.dtype), mask, size, tokens, mean, is_truncated(picture))
 
     @torch.inference_mode()
     def pictures(self, pixels: Sequence[Pixels]) -> list[Picture]:
@@ -100,7 +103,7 @@ class Phi4:
         made = []
         for picture, seen in zip(pixels, self.vision(pixels), strict=True):
             embeddings = torch.cat([around[:place], seen.tokens.to(around.dtype), around[place + 1 :]])
-            made.append(Picture(embeddings, seen.mean, picture.mean))
+            made.append(Picture(embeddings, seen.mean, picture.mean, picture.truncated))
         return made
 
     def question(self, text: str) -> list[int]:

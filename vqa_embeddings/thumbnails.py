@@ -10,6 +10,7 @@ from pathlib import Path
 from vqa_embeddings.errors import RowFailed, StorageFailed
 from vqa_embeddings.folder import locate
 from vqa_embeddings.opener import Openers
+from vqa_embeddings.viewing import Viewing
 
 SIDE = 160  # pixels of the longer side
 QUALITY = 75  # of the JPEG
@@ -20,7 +21,7 @@ def make_thumbnails(folder: Path, names: Iterable[str]) -> dict[str, str]:
     made: dict[str, str] = {}
     if not folder.is_absolute() or not folder.is_dir():  # an output folder from before this was recorded, or elsewhere
         return made
-    open_picture = Openers()
+    open_picture = Openers(Viewing(show_truncated=True))  # they belong to rows that were extracted
     for name in sorted(names):
         try:
             picture = open_picture(locate(folder, name))

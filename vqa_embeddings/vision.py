@@ -32,6 +32,7 @@ class Pixels:
     size: tuple[int, int]  # height and width of the crops laid out, pixels
     tokens: int  # how many image tokens stand for the picture in the prompt
     mean: np.ndarray  # float32 [448], over crops, channels and rows, as the published script has it
+    truncated: bool = False  # it is cut off
 
     @property
     def patches(self) -> int:
