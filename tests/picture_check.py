@@ -30,6 +30,7 @@ from PIL import Image
 from tests import picture_writers as write
 from vqa_embeddings.errors import PictureUnreadable
 from vqa_embeddings.images import decode
+from vqa_embeddings.viewing import Viewing
 
 KNOWN = Image.registered_extensions()
 LOSSY = 4.0  # grey levels, on average, by which two decoders of a lossy file may differ
@@ -648,7 +649,7 @@ def made(seed: int, name: str) -> Odd:
 def verdict(odd: Odd) -> str:
     """`equal`, `failed: ` and its reason, or how it differs."""
     try:
-        seen = np.asarray(decode(Path("odd"), odd.data)).astype(int)
+        seen = np.asarray(decode(Path("odd"), odd.data, Viewing())).astype(int)
     except PictureUnreadable as failure:
         return "failed: " + str(failure).partition("picture: ")[2]
     if odd.shown is None:

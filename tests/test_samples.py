@@ -18,6 +18,7 @@ from tests.picture_check import KNOWN, MAKERS, ffmpeg_encoded, made, smooth, tif
 from vqa_embeddings import images as images_module
 from vqa_embeddings.errors import PictureUnreadable
 from vqa_embeddings.images import decode
+from vqa_embeddings.viewing import Viewing
 
 COUNTS = {"TIFF": 300, "BMP": 100, "JPEG": 100, "JPEG2000": 100}  # pictures of a format, else 40
 RNG = np.random.default_rng(1)
@@ -28,7 +29,7 @@ DEEP = PICTURE << 8 | 0x5A
 
 
 def seen(data: bytes) -> np.ndarray:
-    return np.asarray(decode(Path("picture"), data))
+    return np.asarray(decode(Path("picture"), data, Viewing()))
 
 
 def three(grey: np.ndarray) -> np.ndarray:

@@ -220,7 +220,7 @@ def out(tmp_path: Path) -> Path:
 def merged(out: Path, *arguments: object) -> tuple[int, str]:
     """The exit status of a merge in this process, and what it says."""
     options = parse_merge(None, ["--output-dir", str(out), *map(str, arguments)])
-    outcome = check(out) if options.check else merge(options)
+    outcome = (check if options.check else merge)(options)
     return outcome.status, "\n".join(outcome.sentences(options))
 
 
@@ -291,8 +291,8 @@ def test_the_plan_says_how_many_there_are(out):
     table = read_run_rows(out, run)
     stock = take_stock(options, run, table)
     launch = Launch(type(stock).from_bytes(stock.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0))
-    lines = list(islice(brief(World(), options, run, launch, table, None, None, None, None), 3))
-    assert lines[1:] == [
+    lines = list(islice(brief(World(), options, run, launch, table, *[None] * 5), 4))
+    assert lines[2:] == [
         f"done before: {ROWS} rows extracted, 0 failed",
         f"{len(MARKED)} rows done before on pictures that are cut off",
     ]
