@@ -35,7 +35,7 @@ def main() -> int:
     except Refused as refusal:
         return refuse(refusal, world)
     except (StorageFailed, NothingFinite, OSError) as failure:
-        return fail(failure, world)
+        return fail(failure, world, same_command(options.slice))
     return 0
 
 
@@ -90,7 +90,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     settings = options.batch_size, choose_workers(options.num_workers, device)
     viewing = Viewing(options.max_megapixels, options.truncated_pictures == "show")
     records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages, viewing)
-    probation = Probation(launch.rows, dtype.value, over=launch.stock.extracted > 0)
+    probation = Probation(launch.rows, launch.pictures[launch.rows], dtype.value, over=launch.stock.extracted > 0)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
     try:

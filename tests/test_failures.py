@@ -122,7 +122,7 @@ def test_a_row_without_a_question_fails_before_its_picture_is_looked_for(tmp_pat
     warnings = [line.partition(":")[2] for line in done.stdout.splitlines() if line.startswith("warning:")]
     assert warnings == [
         " no question in 2 rows, first '1': recorded as failed",
-        " question 'nan' in row '4': it looks like a missing value, and is asked as it stands",
+        " question 'nan' in row '4': it looks like a missing value, and is taken as it stands",
     ]
 
     shutil.rmtree(tmp_path / "images")  # from here on only the run knows which column names the pictures
@@ -171,11 +171,13 @@ def not_found(row: int) -> Failed:
     return Failed(row, "PictureNotFound", "no such file")
 
 
-def released(units: list[list[Extracted | Failed]], rows: int, over: bool = False) -> tuple[list[int], str]:
-    """The rows that may be committed, and what ended the rank."""
+def released(
+    units: list[list[Extracted | Failed]], rows: int, over: bool = False, of_a_picture: int = 2
+) -> tuple[list[int], str]:
+    """The rows that may be committed, and what ended the rank; so many rows are on one picture."""
     passed: list[int] = []
     try:
-        for records in Probation(np.arange(rows), "float16", over).release(units):
+        for records in Probation(np.arange(rows), np.arange(rows) // of_a_picture, "float16", over).release(units):
             passed += [record.row for record in records]
     except NothingFinite as error:
         return passed, str(error)
@@ -191,6 +193,14 @@ def test_a_rank_without_a_finite_row_ends_and_commits_none_of_them(rows, togethe
     failed = next(count for count in (*range(together, rows, together), rows) if count >= min(rows, JUDGED))
     wanted = f"none of the first {failed} rows came out finite in float16, and none of them is committed: layer_0 holds"
     assert error.startswith(wanted)
+
+
+def test_one_picture_that_is_too_much_for_the_format_does_not_end_the_run_by_itself():
+    units = [[not_finite(row)] for row in range(50)]
+    passed, error = released([*units, [finite(50)], [finite(51)]], 52, of_a_picture=50)
+    assert (sorted(passed), error) == (list(range(52)), "")
+    assert "none of the first 51 rows" in released([*units, [not_finite(50)]], 100, of_a_picture=50)[1]
+    assert "none of the first 50 rows" in released(units, 50, of_a_picture=50)[1], "there is no other picture"
 
 
 @pytest.mark.parametrize("rows", range(1, FEW))

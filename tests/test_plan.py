@@ -178,8 +178,9 @@ OWN, HUBS = Path("model_cache"), Path("hub")
         ((False, True), (True, True), False, HUBS),
         ((True, False), (True, True), True, OWN),
         ((False, False), (False, True), False, HUBS),
-        ((False, False), (True, False), True, OWN),  # a download that was cut off
-        ((False, False), (True, True), True, OWN),
+        ((False, False), (True, False), False, OWN),  # a download that was cut off
+        ((False, False), (True, True), False, OWN),
+        ((False, False), (True, True), True, HUBS),  # where the environment says so
     ],
 )
 def test_a_hub_model_is_taken_from_where_least_is_to_be_downloaded(whole, begun, named, chosen):

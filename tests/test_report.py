@@ -259,6 +259,7 @@ THREE = ["it's 'a' 'b'", 'the "no" sign', "no"]
     [
         *[str(THREE), json.dumps(THREE), json.dumps(THREE, indent=1), str(np.array(THREE)), str(tuple(THREE))],
         *[str([{"answer": text, "answer_id": 1} for text in THREE]), f" {json.dumps([*THREE, None])}\n"],
+        str(np.array([{"answer": text} for text in THREE])),
     ],
 )
 def test_a_list_of_answers_is_read_however_it_was_written(truth):
@@ -280,6 +281,7 @@ def test_a_list_of_answers_is_read_however_it_was_written(truth):
             "['a'",
             r"['a\']",
             "[[]]",
+            *["[{{}}]", "[{[]: 1}]", "({[1]})"],  # which Python reads, and cannot make
         ],
         *[30_000 * "[", 30_000 * "['a'", str(["a"] * 20_000)],
     ],

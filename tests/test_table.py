@@ -58,6 +58,15 @@ def test_ids_and_answers_stay_the_text_that_they_are(tmp_path):
     assert list(read.truths) == ["NA", ""]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_blank_after_each_delimiter_is_no_part_of_the_values(tmp_path, delimiter):
+    """Or the question would be asked with its quotation marks, and no id would be found again."""
+    data = 'image_id, question_id, question, answer\na.jpg, 7, "Is it red, or not?", yes\n'
+    if delimiter == ";":
+        data = data.replace(", ", "; ").replace("red; or", "red, or")
+    assert table(tmp_path, data.encode()).row(0) == ["7", "a.jpg", "Is it red, or not?", "yes"]
+
+
 @pytest.mark.parametrize(
     "dressed",
     [
@@ -72,12 +81,19 @@ def test_ids_and_answers_stay_the_text_that_they_are(tmp_path):
         ("\ufeff" + PLAIN).encode("utf-8-sig"),
         ("\ufeff" + dress(PLAIN, ";", csv.QUOTE_ALL)).encode("utf-8-sig"),
         ("\ufeff" + PLAIN).encode("utf-16"),
+        dress("\ufeff" + PLAIN, ",", csv.QUOTE_ALL).encode("utf-8-sig"),
         ("\n" + PLAIN.replace(",question,", ",question ,\xa0", 1)).encode(),
     ],
     ids=[
         *("byte-order mark", "UTF-16", "CRLF", "blank line", "other names", "semicolons", "tabs", "bars"),
         *("quoted", "quoted semicolons", "quoted tabs", "quoted bars", "UTF-16 tabs"),
-        *("two marks", "two marks before a quotation mark", "two marks in UTF-16", "blanks around names"),
+        *(
+            "two marks",
+            "two marks before a quotation mark",
+            "two marks in UTF-16",
+            "a mark within them",
+            "blanks around names",
+        ),
     ],
 )
 def test_the_same_rows_in_another_dress_are_the_same_table(tmp_path, dressed):
@@ -218,14 +234,17 @@ def refusal(tmp_path: Path, data: bytes) -> str:
 ROW = {"question_id": "007", "image_id": "a.jpg", "question": "Où?", "answer": "NA"}
 
 
-@pytest.mark.parametrize("name", ["JSON", "JSON lines"])
+@pytest.mark.parametrize("name", ["JSON", "JSON lines", "VQAv2's JSON"])
 def test_json_becomes_the_same_table_by_the_line_that_is_given(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    rows = [ROW, ROW | {"question_id": "1e5"}]
-    said = refusal(tmp_path, (json.dumps(rows) if name == "JSON" else "\n".join(map(json.dumps, rows))).encode())
-    eval(said.partition("convert it: ")[2], {"pandas": pandas})
+    rows = [ROW, ROW | {"question_id": "1e5"}, ROW | {"question_id": 12345678901234567890123, "answer": None}]
+    rows.append(ROW | {"question_id": 7, "image_id": 139, "answer": "là"})
+    data = "\n".join(map(json.dumps, rows)) if name == "JSON lines" else json.dumps(rows)
+    said = refusal(tmp_path, (f'{{"info": 1, "questions": {data}}}' if name == "VQAv2's JSON" else data).encode())
+    eval(said.partition("convert it: ")[2], {"pandas": pandas, "json": json})
     made = read_table(tmp_path / "vqa.csv")
-    assert [made.row(place) for place in (0, 1)] == [list(row.values()) for row in rows]
+    texts = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    assert [made.row(place) for place in range(4)] == texts
 
 
 @pytest.mark.parametrize(
@@ -423,7 +442,7 @@ def test_a_run_of_an_earlier_version_keeps_the_columns_that_it_chose(two_columns
     assert read_run_rows(two_columns / "out", run).row(3) == ["3", "3", "Why?", "a model's"]
     again = begin(two_columns)
     assert again.fingerprint() == run.rows_sha256
-    assert "image_id as the picture (as the run there was begun)" in again.columns.describe()
+    assert "image_id as the picture (as in the run that is there)" in again.columns.describe()
 
 
 def test_of_two_launches_that_begin_at_once_the_one_that_chose_other_columns_is_refused(two_columns):

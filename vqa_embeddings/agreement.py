@@ -55,10 +55,11 @@ def _parse_list(text: str) -> list[object] | tuple[object, ...]:
     """What a list holds, empty where it is none."""
     if NUMPY_LIST.fullmatch(text):  # which Python would read as one long text
         text = f"[{', '.join(re.findall(QUOTED, text))}]"
-    for parse in (json.loads, _parse_python):
+    as_numpy_writes_dicts = re.sub(r"\}\s+\{", "}, {", text)  # without commas between them
+    for parse, form in ((json.loads, text), (_parse_python, text), (_parse_python, as_numpy_writes_dicts)):
         try:
-            found = parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = parse(form)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         return found if isinstance(found, (list, tuple)) else []
     return []

@@ -17,7 +17,7 @@ NAMES = {
 }
 # As runs were begun that do not remember their columns.
 EARLIER = {**NAMES, TRUTH: ("answer", "gt_answer", "ground_truth_answer")}
-REMEMBERED = "as the run there was begun"
+REMEMBERED = "as in the run that is there"
 SHOWN_DELIMITERS = {"\t": "tab"}
 
 Files = Mapping[str, Sequence[Path | None]]
@@ -50,14 +50,14 @@ class Columns:
 
 
 def clean(header: Sequence[str], known: Mapping[str, str] | None = None) -> list[str]:
-    """The names of a header without the blanks around them, unless another name is the same then.
+    """The names of a header without blanks and byte-order marks around them, unless another name is the same then.
 
     Those of a run that does not remember its columns stay as they are: to it they were other names.
     """
     if _is_of_earlier_version(known):
         return list(header)
-    as_they_are = set(header)
-    return [name if name.strip() in as_they_are else name.strip() for name in header]
+    bare = [name.strip().strip("\ufeff").strip() for name in header]
+    return [name if short in header else short for name, short in zip(header, bare, strict=True)]
 
 
 def count_needed(header: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,13 @@ FORMATS = {
     b"PK\x03\x04": ("an Excel workbook, or another zip", f"pandas.read_excel({{path!r}}, dtype=str).{TO_CSV}"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", f"pandas.read_excel({{path!r}}, dtype=str).{TO_CSV}"),
 }
-# Without dtype=False pandas makes 7 of the id "007".
-JSON_LINES = ("JSON lines", f"pandas.read_json({{path!r}}, lines=True, dtype=False).{TO_CSV}")
-JSON = ("JSON", f"pandas.read_json({{path!r}}, dtype=False).{TO_CSV}")
+# Not pandas.read_json, which makes 7 of the id "007", or 7.0 of 7 beside a missing one.
+JSON_LINES = (
+    "JSON lines",
+    f"pandas.DataFrame(map(json.loads, open({{path!r}}, encoding='utf-8-sig')), dtype=object).{TO_CSV}",
+)
+JSON = ("JSON", f"pandas.DataFrame(json.load(open({{path!r}}, encoding='utf-8-sig')){{part}}, dtype=object).{TO_CSV}")
+JSON_HEAD = re.compile(r'\{\s*["}]|\[\s*[\[{"\d\]]')
 
 
 def read_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -47,9 +52,11 @@ def read_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     line = 1
     width = 0
     with _refusing(path), open(path, encoding=_encoding(path), newline="") as stream:
-        lines = chain((stream.readline().lstrip(BYTE_ORDER_MARK),), stream)  # the first mark is the encoding's
+        head = stream.readline().lstrip(BYTE_ORDER_MARK)  # the first mark is the encoding's
+        # Where a blank follows each delimiter of the header, those of the rows are no text either.
+        spaced = 0 < head.count(delimiter) == head.count(delimiter + " ")
         # strict: a quotation mark that is never closed would otherwise swallow the rest of the table without a word
-        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        reader = csv.reader(chain((head,), stream), strict=True, delimiter=delimiter, skipinitialspace=spaced)
         try:
             for row in reader:
                 if row:
@@ -140,11 +147,12 @@ def _refuse_formats(path: Path, head: bytes) -> None:
 
 
 def _refuse_json(path: Path) -> None:
-    """Refuse JSON by its name: a file that begins with a bracket, and has not the header of a CSV."""
+    """Refuse JSON by its name: a file that begins like it, and has not the header of a CSV."""
     with _refusing(path), open(path, encoding=_encoding(path), newline="") as stream:
         text = stream.read(HEAD_CHARACTERS).lstrip(BYTE_ORDER_MARK + " \t\r\n")
-    if text.startswith(("{", "[")):
-        raise _other_format(path, *(JSON_LINES if _is_json_lines(text) else JSON))
+    if JSON_HEAD.match(text):
+        part = "['questions']" if '"questions"' in text else ""  # as VQAv2 has them
+        raise _other_format(path, *(JSON_LINES if _is_json_lines(text) else JSON), part)
 
 
 def _is_json_lines(text: str) -> bool:
@@ -157,6 +165,6 @@ def _is_json_lines(text: str) -> bool:
     return isinstance(found, dict) and (IDENTITY in found or rest.lstrip().startswith("{"))
 
 
-def _other_format(path: Path, name: str, conversion: str) -> Refused:
-    quoted = shlex.quote(str(path))
-    return Refused(f"{path} is {name}; expected CSV, convert it: {conversion.format(path=str(path), quoted=quoted)}")
+def _other_format(path: Path, name: str, conversion: str, part: str = "") -> Refused:
+    command = conversion.format(path=str(path), quoted=shlex.quote(str(path)), part=part)
+    return Refused(f"{path} is {name}; expected CSV, convert it: {command}")

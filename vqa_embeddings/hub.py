@@ -50,13 +50,14 @@ def choose_cache(caches: Sequence[Path], whole: Sequence[bool], begun: Sequence[
     Args:
         caches: this program's own, from which earlier runs had theirs, and the hub library's; or one that was given.
         whole: whether each has all of the wanted revision; the first that has goes before all.
-        begun: whether each has some of the model, whose download then goes on there.
-        named: whether the environment says where the library's is; then new models go there.
+        begun: whether each has some of the model.
+        named: whether the environment says where the library's is: then downloads go there, and not on where some is.
     """
-    for has in (whole, begun):
-        if any(has):
-            return caches[list(has).index(True)]
-    return caches[-1 if named else 0]
+    if any(whole):
+        return caches[list(whole).index(True)]
+    if named:
+        return caches[-1]
+    return caches[list(begun).index(True) if any(begun) else 0]
 
 
 def _snapshot(model: str, revision: str, cache: Path, offline: bool = False) -> Path:
@@ -80,7 +81,7 @@ def _revisions(model: str, cache: Path) -> list[str]:
     try:
         names = {path.relative_to(refs).as_posix(): path.read_text() for path in refs.rglob("*") if path.is_file()}
         commits = {path.name for path in (folder / "snapshots").glob("*")}
-    except OSError:  # a cache that may not be read has nothing for us
+    except (OSError, ValueError):  # a cache that may not be read, or is damaged, has nothing for us
         return []
     return sorted(names) + sorted(commits - set(names.values()))
 
@@ -88,4 +89,5 @@ def _revisions(model: str, cache: Path) -> list[str]:
 def _what_is_there(model: str, caches: Sequence[Path]) -> str:
     """Where a model was looked for, and which of its revisions are there."""
     found = {cache: ", ".join(_revisions(model, cache)) for cache in caches}
-    return "looked in " + " and in ".join(f"{at} (which has {held})" if held else f"{at}" for at, held in found.items())
+    there = " and in ".join(f"{at} (which has {held})" if held else f"{at}" for at, held in found.items())
+    return f"looked in {there}" + ("; --revision takes one that is there" if any(found.values()) else "")

@@ -19,22 +19,27 @@ class Probation:
 
     The first rows to begin are judged, not the first to end: a row that fails may do so at once, while those beside
     it that will come out finite are still answering. What failed for another reason is passed on and counts for
-    nothing. What is still held back when the rank ends is missing, so that the next launch does it.
+    nothing. What is still held back when the rank ends is missing, so that the next launch does it. One picture may
+    have hundreds of rows and be the only one that is too much for a number format: a second one has to agree.
 
     Args:
         rows: those of this rank, in the order in which they begin.
+        pictures: the picture of each, int `[n]`.
         dtype: the number format, as `--dtype` names it.
         over: whether a row of the run has come out finite before.
     """
 
-    def __init__(self, rows: Sequence[int] | np.ndarray, dtype: str, over: bool) -> None:
-        self._rows = rows
+    def __init__(
+        self, rows: Sequence[int] | np.ndarray, pictures: Sequence[int] | np.ndarray, dtype: str, over: bool
+    ) -> None:
+        self._rows, self._pictures = rows, pictures
         self._dtype = dtype
         self._over = over
         self._held: list[Failed] = []
         self._ended: dict[int, bool] = {}  # rows from `_place` on, and whether they are held back
         self._place = 0  # in `rows`, of the first that has not ended
         self._failed = 0  # rows before that one which are held back
+        self._failed_on: set[int] = set()  # their pictures, as far as two of them
 
     def release(self, units: Iterable[Sequence[Extracted | Failed]]) -> Iterator[Sequence[Extracted | Failed]]:
         """The records that may be committed.
@@ -42,8 +47,8 @@ class Probation:
         Args:
             units: the records that a unit of work has finished each.
         Raises:
-            NothingFinite: the first 32 rows have failed by values that are not finite, or all where there are fewer
-                and 8 at least. They are not among the records.
+            NothingFinite: the first 32 rows, on two pictures at least, have failed by values that are not finite, or
+                all where they are 8 at least. They are not among the records.
         """
         for records in units:
             self._over = self._over or any(isinstance(record, Extracted) for record in records)
@@ -63,12 +68,15 @@ class Probation:
     def _judge(self) -> bool:
         """Returns whether all rows have ended, too few of them by values that are not finite to say more."""
         while self._place < len(self._rows) and (row := int(self._rows[self._place])) in self._ended:
-            self._failed += self._ended.pop(row)
+            if self._ended.pop(row):
+                self._failed += 1
+                if len(self._failed_on) < 2:
+                    self._failed_on.add(int(self._pictures[self._place]))
             self._place += 1
         over = self._place == len(self._rows)
-        if self._failed >= (FEW if over else JUDGED):
+        if self._failed >= FEW if over else self._failed >= JUDGED and len(self._failed_on) > 1:
             raise NothingFinite(
-                f"none of the first {len(self._held)} rows came out finite in {self._dtype}, and none of them is "
+                f"none of the first {self._failed} rows came out finite in {self._dtype}, and none of them is "
                 f"committed: {self._held[0].message}"
             )
         return over

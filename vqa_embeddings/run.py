@@ -148,7 +148,10 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Run(**{known.name: values[known.name] for known in fields(Run) if known.name in values})
+        run = Run(**{known.name: values[known.name] for known in fields(Run) if known.name in values})
+        if not isinstance(run.columns, dict):
+            raise TypeError(f"columns {run.columns!r}")
+        return run
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(
             f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "

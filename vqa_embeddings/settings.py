@@ -137,7 +137,7 @@ def find_ends(
             raise Refused(
                 f"{where}: {file} has eos_token_id {value!r}; expected numbers of tokens, download the checkpoint again"
             )
-        ends.update(NATIVE_ENDS if native and not value and file == "config.json" else named)
+        ends.update(NATIVE_ENDS if native and value in (None, []) and file == "config.json" else named)
     count = files["config.json"].get("vocab_size", VOCABULARY)
     return {token: _call(token, names, count) for token in sorted(ends)}
 

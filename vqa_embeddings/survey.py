@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from vqa_embeddings.columns import IDENTITY, IMAGE, QUESTION, ROLES
+from vqa_embeddings.errors import quoted
 from vqa_embeddings.table import Table
 
 MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # values that were missing, made into text
-FRACTION = re.compile(r"-?\d+\.0")
-POWER = re.compile(rb"\0-?\d(?:\.\d+)?[eE]\+\d+(?=\0)")  # as spreadsheets and pandas write it; 1e5 may be a name
+BEGIN_OF_MISSING = np.isin(np.arange(256), [ord(text[0]) for text in MISSING])
+LONGEST_MISSING = max(map(len, MISSING))
+# Numbers as programs write them where a table had others: with a fraction, or an exponent. 1e5 may be a name.
+FRACTION = re.compile(rb"\0-?\d+\.0(?=\0)")
+POWER = re.compile(rb"\0-?\d(?:\.\d+)?[eE]\+\d+(?=\0)")
 BLANK = 0x20  # and all bytes below it, the NUL that ends an empty field among them
+WIDE_BLANKS, FEW_BYTES = (0xC2, 0xE1, 0xE2, 0xE3), 12  # what Unicode's other blanks begin with, of a field of few bytes
 
 
 @dataclass
@@ -31,63 +36,69 @@ class _Found:
 
 def survey(table: Table) -> Iterator[str]:
     """A sentence for each thing that looks wrong; none for a table that looks right."""
-    empty, missing, powers = _look(table)
+    found = _look(table)
     names = {role: table.columns.names.get(role, role) for role in ROLES}
 
-    def rows(found: _Found, role: str) -> str:
-        identity, text = table.ids[found.first], table.row(found.first)[ROLES.index(role)]
-        more = f"{found.count} rows, first {identity!r}" if found.count > 1 else f"row {identity!r}"
-        return f"{names[role]} {text!r} in {more}" if text.strip() else f"no {names[role]} in {more}"
+    def rows(what: str, role: str) -> str:
+        some = found[what][role]
+        identity, text = quoted(table.ids[some.first]), table.row(some.first)[ROLES.index(role)]
+        more = f"{some.count} rows, first {identity}" if some.count > 1 else f"row {identity}"
+        return f"{names[role]} {quoted(text)} in {more}" if text.strip() else f"no {names[role]} in {more}"
 
-    for role, what in ((IMAGE, "looked for"), (QUESTION, "asked")):
-        if empty[role].count:
-            yield f"{rows(empty[role], role)}: recorded as failed"
-        if missing[role].count:
-            yield f"{rows(missing[role], role)}: it looks like a missing value, and is {what} as it stands"
-    for role, column in ((IDENTITY, table.ids), (IMAGE, table.images)):
-        if example := _find_fractions(column):
-            yield (
-                f"{names[role]} is {example!r} and the like in all rows, which pandas makes of whole numbers beside a "
-                "missing one: read the table with dtype=str where they had no fraction"
-            )
-        if powers[role].count:
-            yield (
-                f"{rows(powers[role], role)}: such numbers may have lost digits, format the column as text and "
-                "export the table again where they had none"
-            )
+    for what, roles, meaning in (
+        ("empty", (IMAGE, QUESTION), "recorded as failed"),
+        ("missing", (IMAGE, QUESTION), "it looks like a missing value, and is taken as it stands"),
+        ("fractions", (IDENTITY, IMAGE), "pandas makes such of whole numbers beside a missing one: read the table "
+            "with dtype=str where they had no fraction"),
+        ("powers", (IDENTITY, IMAGE), "such numbers may have lost digits: format the column as text and export the "
+            "table again where they had none"),
+        ("swallowed", ROLES, "it holds a line break and the delimiter: where a quotation mark is text in this table, "
+            "rows were swallowed, write it with csv's quotation marks"),
+    ):  # fmt: skip
+        for role in roles:
+            if found[what][role].count:
+                yield f"{rows(what, role)}: {meaning}"
 
 
-def _look(table: Table) -> tuple[dict[str, _Found], dict[str, _Found], dict[str, _Found]]:
-    """What is empty, reads like a missing value, or like a number with an exponent, by role; in one pass."""
-    empty, missing, powers = ({role: _Found() for role in ROLES} for _ in range(3))
-    begin_of_missing = np.isin(np.arange(256), [ord(text[0]) for text in MISSING])
-    longest = max(map(len, MISSING))
+def _look(table: Table) -> dict[str, dict[str, _Found]]:
+    """What there is of each kind, by role; in one pass."""
+    kinds = ("empty", "missing", "fractions", "powers", "swallowed")
+    found = {kind: {role: _Found() for role in ROLES} for kind in kinds}
     first = 0
     for block, begins in table.spans():
-        data = np.frombuffer(block, np.uint8)
-        for role in (IMAGE, QUESTION):
-            begin, end = begins[:, ROLES.index(role)], begins[:, ROLES.index(role) + 1] - 1
-            heads = data[begin]
-            suspects = (heads <= BLANK) | (begin_of_missing[heads] & (end - begin <= longest))
-            for row in np.flatnonzero(suspects).tolist():
-                text = block[begin[row] : end[row]].decode()
-                if not text.strip():
-                    empty[role].add(first + row)
-                elif text in MISSING:
-                    missing[role].add(first + row)
-        if b"+" in block:
-            places = [np.searchsorted(begins.ravel(), match.start()) for match in POWER.finditer(b"\0" + block)]
-            for place in map(int, places):
-                powers[ROLES[place % 4]].add(first + place // 4)
+        for row, role, text in _suspects(block, begins):
+            if not text.strip():
+                found["empty"][role].add(first + row)
+            elif text in MISSING:
+                found["missing"][role].add(first + row)
+        for kind, place in _places(block, table.columns.delimiter.encode()):
+            row, column = divmod(int(np.searchsorted(begins.ravel(), place)), len(ROLES))
+            found[kind][ROLES[column]].add(first + row)
         first += len(begins)
-    return empty, missing, powers
+    return found
 
 
-def _find_fractions(column: Sequence[str]) -> str | None:
-    """The first of a column whose texts all are whole numbers with a fraction, or empty; None of any other."""
-    example = None
-    for text in column:
-        if text and not FRACTION.fullmatch(text):
-            return None
-        example = example or text
-    return example
+def _suspects(block: bytes, begins: np.ndarray) -> Iterator[tuple[int, str, str]]:
+    """Row, role and text of the pictures and questions that may be empty, or read like a missing value."""
+    data = np.frombuffer(block, np.uint8)
+    for role in (IMAGE, QUESTION):
+        begin, end = begins[:, ROLES.index(role)], begins[:, ROLES.index(role) + 1] - 1
+        heads, sizes = data[begin], end - begin
+        suspects = heads <= BLANK
+        suspects |= BEGIN_OF_MISSING[heads] & (sizes <= LONGEST_MISSING)
+        suspects |= np.isin(heads, WIDE_BLANKS) & (sizes <= FEW_BYTES)
+        for row in np.flatnonzero(suspects).tolist():
+            yield row, role, block[begin[row] : end[row]].decode()
+
+
+def _places(block: bytes, delimiter: bytes) -> Iterator[tuple[str, int]]:
+    """Where fields begin that hold such a number, or what may be several rows."""
+    for kind, mark, pattern in (("fractions", b".0\0", FRACTION), ("powers", b"+", POWER)):
+        if mark in block:  # each pattern begins at the NUL before the field
+            yield from ((kind, match.start()) for match in pattern.finditer(b"\0" + block))
+    at = block.find(b"\n") if delimiter != b"," else -1
+    while at >= 0:
+        begin, end = block.rfind(b"\0", 0, at) + 1, block.index(b"\0", at)
+        if delimiter in block[begin:end]:
+            yield "swallowed", begin
+        at = block.find(b"\n", end)

@@ -17,7 +17,7 @@ import numpy as np
 from vqa_embeddings import columns
 from vqa_embeddings.columns import Columns
 from vqa_embeddings.csvfile import check_text, find_delimiter, read_records
-from vqa_embeddings.errors import Refused, quoted
+from vqa_embeddings.errors import Refused, one_line, quoted
 
 NAMED_ROWS = 3  # how many offending rows an error names
 BLOCK_ROWS = 1024  # of a table in memory: larger blocks are no faster to read, and slower to make
@@ -189,12 +189,17 @@ def select(table: Table, positions: Iterable[int]) -> Table:
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
     if not any(header):
-        raise Refused(f"{path} is empty; expected a CSV with the columns question_id, image_id, question and answer")
+        raise Refused(
+            f"{path} is empty, or its first line names no column; expected a CSV with the columns question_id, "
+            "image_id, question and answer"
+        )
     found = columns.find(header)
     absent = [" or ".join(columns.NAMES[role]) for role in columns.NEEDED if not found[role]]
     if absent:
         shown = ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in header)
-        raise Refused(f"{path} has no column {', '.join(absent)}; found {shown}; rename its columns or add what lacks")
+        raise Refused(
+            f"{path} has no column {', '.join(absent)}; found {one_line(shown)}; rename its columns or add what lacks"
+        )
 
 
 def _look_for_files(
@@ -203,12 +208,14 @@ def _look_for_files(
     """Where the files of the first values of these columns lie, none of which comes twice; of no column nothing."""
     places = [header.index(name) for name in candidates]
     distinct = dict.fromkeys(tuple(row[place] for place in places) for row in first)
-    values = list(zip(*islice(distinct, LOOKED_FOR), strict=True))
+    spread = list(distinct)[:: max(1, len(distinct) // LOOKED_FOR)][:LOOKED_FOR]
+    values = list(zip(*spread, strict=True))
     files = {name: find_files(some) for name, some in zip(candidates, values, strict=bool(values))}
     if values and not any(map(any, files.values())):
         raise Refused(
             f"{path} has the columns {' and '.join(candidates)}, and the first values of neither are pictures (such as "
-            f"{' and '.join(repr(some[0]) for some in values)}); expected those of one to be, check --images-dir"
+            f"{' and '.join(quoted(next(filter(None, some), '')) for some in values)}); expected those of one to be, "
+            "check --images-dir, or whether they lack their suffix"
         )
     return files
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vqa_embeddings.world import World
 
 FAILED, REFUSED = 1, 2  # exit statuses
+SAME_COMMAND = "the same command continues"
 SECOND_VOICE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # after which a rank that waits for others says so
 REMINDER_SECONDS = 300.0  # after which it says so again
@@ -78,14 +79,19 @@ def refuse(refusal: Refused, world: World) -> int:
     return REFUSED
 
 
-def fail(failure: StorageFailed | NothingFinite | OSError, world: World) -> int:
-    """Say what has ended this rank's work, and give the exit status. What the system has not said is raised again."""
+def fail(failure: StorageFailed | NothingFinite | OSError, world: World, resume: str = SAME_COMMAND) -> int:
+    """Say what has ended this rank's work, and give the exit status. What the system has not said is raised again.
+
+    Args:
+        resume: what goes on with the work, where that takes more words than SAME_COMMAND.
+    """
     sentence = str(failure)
     if isinstance(failure, OSError):
         if failure.errno is None:
             raise failure
         what = failure.filename or "a file or a pipe"
-        sentence = f"{what} fails ({failure.strerror}); mend the disk, and the same command continues"
+        sentence = f"{what} fails ({failure.strerror}); mend the disk, and {SAME_COMMAND}"
+    sentence = sentence.replace(SAME_COMMAND, resume)
     rank = f"rank {world.rank}: " if world.size > 1 else ""
     speak(f"error: {rank}{sentence}", sys.stderr)
     return FAILED

@@ -21,7 +21,7 @@ from vqa_embeddings.errors import Refused, one_line
 from vqa_embeddings.files import publish
 from vqa_embeddings.mpi import MPICH, OPEN_MPI, agree_on_key
 from vqa_embeddings.signals import follow_parent
-from vqa_embeddings.voice import say_for_rank, wait_aloud
+from vqa_embeddings.voice import SAME_COMMAND, say_for_rank, wait_aloud
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
 STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
@@ -205,10 +205,10 @@ def same_command(given: tuple[int, int] | None, environment: Mapping[str, str] =
     with suppress(Refused):
         array = read_array_slice(environment)
     if given or not array or array[1] == 1:
-        return "the same command continues"
+        return SAME_COMMAND
     index, count = array
     return (
-        f"the same command continues (slice {index} of {count}, from the Slurm array: elsewhere with "
+        f"{SAME_COMMAND} (slice {index} of {count}, from the Slurm array: elsewhere with "
         f"--slice {index}/{count}, or the whole table with --slice 0/1)"
     )
 
