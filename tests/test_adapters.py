@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import arguments_for, command, run
 from original_layout import edit_json, edit_weights
-from reference import relative_error
+from reference import strict_error
 from safetensors.torch import load_file
 from test_refusals import edit_adapter, refused
 
@@ -79,10 +79,12 @@ def test_weights_that_hold_the_lora_give_its_vectors_once(tmp_path, checkpoint, 
     assert json.loads((out / "run.json").read_text())["lora"] == "none"
     found, wanted = open_embeddings(out), open_embeddings(apart)
     assert len(found.answers) == 3 and list(found.answers) == list(wanted.answers)
-    assert relative_error(found.vision_only(), wanted.vision_only()) < 1e-6
-    for layer in wanted.layers:
-        assert relative_error(found.query_token(layer), wanted.query_token(layer)) < 1e-6
-        assert relative_error(found.vision_token(layer), wanted.vision_token(layer)) < 1e-6
+    for name, layer in [
+        ("vision_only", ()),
+        *((name, (k,)) for name in ("vision_token", "query_token") for k in wanted.layers),
+    ]:
+        for vector, right in zip(getattr(found, name)(*layer), getattr(wanted, name)(*layer), strict=True):
+            assert strict_error(vector, right) < 1e-6
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "gone"])

@@ -175,7 +175,7 @@ def test_of_the_ranks_that_wait_for_a_file_one_says_for_whom(tmp_path: Path, mon
     """Rank 0 has its plan when that was said."""
     said, heard = [], threading.Event()
     monkeypatch.setattr(voice, "PATIENCE_SECONDS", 0.01)
-    monkeypatch.setattr(voice, "_print", lambda sentence, stream: (said.append(sentence), heard.set()))
+    monkeypatch.setattr(voice, "speak", lambda sentence, stream: (said.append(sentence), heard.set()))
     ranks = [World("srun", rank, 3, rank, "job-0-0") for rank in range(3)]
     make = {True: lambda: b"plan" if heard.wait(60) else b"", False: lambda: b"not asked"}
     taken: list[bytes] = []
