@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import pytest
+from odd_pictures import encoded, png
 from PIL import Image
 
 from tests import picture_writers as write
@@ -231,6 +234,58 @@ def test_what_is_no_format_that_is_read_is_named(kind):
         PictureUnreadable, match=f"^picture cannot be .*: it is {kind.partition('#')[0]}, which is not read; "
     ):
         seen(FOREIGN[kind])
+
+
+def tags_of(data: bytes) -> dict[int, int]:
+    """Where each entry of a TIFF's tags lies, of those that begin at its head."""
+    at = struct.unpack("<I", data[4:8])[0]
+    count = struct.unpack("<H", data[at : at + 2])[0]
+    return {struct.unpack("<H", data[i : i + 2])[0]: i for i in range(at + 2, at + 2 + 12 * count, 12)}
+
+
+@pytest.mark.parametrize("tag", [273, 279, 257], ids=["a strip at 0", "a strip of 0 bytes", "a strip too few"])
+def test_a_tiff_of_which_parts_are_missing_is_no_whole_picture(tag):
+    """Pillow shows the file's own header in their place, or black."""
+    whole = encoded(RGB.astype(np.uint8), "TIFF")
+    assert np.array_equal(seen(whole), RGB)
+    entry = tags_of(whole)[tag]
+    (value,) = struct.unpack("<I", whole[entry + 8 : entry + 12])
+    broken = whole[: entry + 8] + struct.pack("<I", 2 * value if tag == 257 else 0) + whole[entry + 12 :]
+    with pytest.raises(PictureUnreadable, match="it is a TIFF of which parts are missing"):
+        seen(broken)
+
+
+def test_a_tiff_that_ends_within_its_tags_has_a_broken_header():
+    whole = encoded(RGB.astype(np.uint8), "TIFF", compression="tiff_lzw")
+    for lost in (1, 8, 40, 90):
+        with pytest.raises(PictureUnreadable, match="its header is broken; mend or replace it"):
+            seen(whole[:-lost])
+
+
+def test_what_is_damaged_is_not_called_another_format():
+    whole = png_with(b"tEXt", b"k\0text")
+    assert seen(whole).shape == (1, 1, 3)
+    with pytest.raises(PictureUnreadable, match="it is damaged; expected a whole one"):
+        seen(whole.replace(b"text", b"tent"))
+
+
+def test_a_long_text_in_a_png_is_no_fault_of_the_picture():
+    assert seen(png_with(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000)))).shape == (1, 1, 3)
+
+
+def png_with(name: bytes, text: bytes) -> bytes:
+    head = struct.pack("!IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    return png((b"IHDR", head), (name, text), (b"IDAT", zlib.compress(bytes(4))), (b"IEND", b""))
+
+
+def test_headers_of_nothing_but_fill_bytes_are_read_in_no_time():
+    """A card that was erased has them; each of half a million could be the beginning of all that follow."""
+    begun = time.process_time()
+    plain, marked = (encoded(RGB.astype(np.uint8), "JPEG", **more) for more in ({}, {"restart_marker_rows": 1}))
+    for beginning in (b"\xff\xd8\xff\xe0\0\4ab", plain[:-20], marked[:-20]):
+        with pytest.raises(PictureUnreadable):
+            seen(beginning + b"\xff" * 500_000)
+    assert time.process_time() - begun < 10
 
 
 @pytest.mark.parametrize("reason", NO_PICTURE)

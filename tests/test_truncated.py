@@ -107,6 +107,34 @@ def test_what_lies_behind_a_cut_does_not_make_a_picture_whole(name, junk):
             opened(data[:cut] + junk)
 
 
+@pytest.mark.parametrize("name", ["baseline", "progressive"])
+@pytest.mark.parametrize("behind", [b"\xff\xfe\0\4ab", b"\xff\xe1\0\4ab" + bytes(500), b"\xff\xfe\0\4ab" + bytes(9000)])
+def test_a_segment_behind_a_cut_does_not_make_a_picture_whole(name, behind):
+    data = JPEGS[name]
+    with pytest.raises(PictureUnreadable, match="it is cut off"):
+        opened(data[: len(data) // 2] + behind)
+    assert is_truncated(opened(data[: len(data) // 2] + behind, SHOW))
+    assert np.array_equal(pixels(data[:-2] + behind), seen(data)), "behind a whole one it is no harm"
+
+
+@pytest.mark.parametrize("junk", [b"\0", b"abc", b"\xff\xff"])
+def test_bytes_between_the_segments_hide_no_cut(junk):
+    data = JPEGS["baseline"]
+    place = 4 + int.from_bytes(data[4:6], "big")
+    loose = data[:place] + junk + data[place:]
+    assert np.array_equal(pixels(loose), seen(data)) and np.array_equal(pixels(loose[:-2]), seen(data))
+    with pytest.raises(PictureUnreadable, match="it is cut off"):
+        opened(loose[: len(loose) // 2] + bytes(70_000))
+
+
+def test_a_webp_that_is_cut_off_says_so_and_has_nothing_to_show():
+    whole = encoded(CAT, "WEBP")
+    assert pixels(whole).shape == CAT.shape
+    for viewing in (FAIL, SHOW):
+        with pytest.raises(PictureUnreadable, match=r"it is cut off; expected a whole one, mend or replace it$"):
+            opened(whole[: len(whole) // 2], viewing)
+
+
 def cut_off() -> dict[str, tuple[bytes, bytes]]:
     """Files that lack their last quarter, with the whole ones, by format."""
     palette = Image.fromarray(CAT).quantize(64)

@@ -125,7 +125,7 @@ class Embeddings(Mapping[str, dict[str, Any]]):
     """Vectors, answers and questions of `n` extracted rows, in the order of the table: a mapping by `question_id`.
 
     `e[10:20]`, `e[mask]` with a bool for each row, and `e[ids]` with several ids are the same of some rows, in the
-    order asked for; of the files only what these rows need is read.
+    order asked for; of each file only the stretch that they span is read.
 
     Attributes:
         run: what was extracted: model, layers, settings.

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 # What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+BEGINNINGS = b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II", b"MM", b"\0\0\1\0", b"\xff\x4f\xff\x51"
 TOO_LARGE = "it takes too much memory"
 LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener takes to start, to read and to decode it
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
@@ -66,7 +67,7 @@ def decode(path: Path, data: bytes, viewing: Viewing) -> Image.Image:
     except Unfit as unfit:
         raise refused(path, f"{unfit.reason}; {unfit.advice}") from None
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        raise unreadable(path, _reason(error)) from None
+        raise unreadable(path, _reason(error, data)) from None
 
 
 def _see(data: bytes) -> Image.Image:
@@ -85,9 +86,10 @@ def refused(path: Path, reason: str, errno: int | None = None) -> PictureUnreada
     return PictureUnreadable(f"{from_disk(path.name)} cannot be read as a picture: {reason}", errno)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
+        known = data.startswith(BEGINNINGS) or (data[4:8] == b"ftyp" and "AVIF" in _formats())
+        return "it is damaged" if known else f"it is none of {', '.join(_formats())}"
     if isinstance(error, MemoryError):
         return TOO_LARGE
     return " ".join(str(error).split()) or type(error).__name__

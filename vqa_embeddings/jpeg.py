@@ -19,8 +19,8 @@ START, END = b"\xff\xd8", b"\xff\xd9"
 # Markers: of frames (three of those numbers are tables'), of a scan, of a table of divisors, of the end; of restarts.
 FRAMES, SCAN, DIVISORS, LAST = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xDA, 0xDB, END[1]
 RESTARTS = range(0xD0, 0xD8)
-BARE = {0x01, 0xD8, *RESTARTS}  # which nothing follows
-MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in a scan, where \xff\x00 is a number and restarts are no end
+# One that something follows, or the end; in a scan \xff\x00 is a number. What is before it, decoders skip.
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 FREQUENCIES = 64  # of a block
 # One filling for each way in which the next four bits may go on. Either half has all ways for three of them.
 EVEN, ODD = range(0, 16, 2), range(1, 16, 2)
@@ -33,15 +33,17 @@ def lacks_end(data: bytes) -> bool:
     """Whether it is a JPEG that ends within a scan. The decoder does not say so where enough other bytes follow."""
     if data.endswith(END) or not data.startswith(START):
         return False
-    kinds = [kind for kind, _ in _segments(data)]
-    return kinds[-1:] == [SCAN]
+    kinds = [kind for kind, _ in segments(data)]
+    return SCAN in kinds and kinds[-1] != LAST
 
 
 def mend(data: bytes) -> bytes | None:
     """The file with its end marker, where it lacks that alone; None where pixels may be missing, or it is no JPEG."""
-    rest = _without_half_a_marker(data)
-    if not rest.startswith(START) or not _has_all_scans(rest):
+    scan = _last_scan(data)
+    if scan is None or not _has_all_scans(data):
         return None
+    behind = MARKER.search(data, scan.stop)
+    rest = _without_half_a_marker(data[: behind.start()] if behind else data)
     complete = _is_complete(rest, EVEN) and _is_complete(_coarsen(rest), ODD)
     return rest + END if complete and not _is_filled_up(rest) else None
 
@@ -64,9 +66,9 @@ def _is_filled_up(data: bytes) -> bool:
     """Whether what is no part of the picture stands where the rest of it should be: the last bytes can go, and no
     pixel is missing. Where all of the last scan can go, it had nothing to say.
     """
-    *_, scan = (content for kind, content in _segments(data) if kind == SCAN)
+    scan = _last_scan(data)
     last_bytes_can_go = _is_complete(_without_half_a_marker(data[:-LAST_BYTES]), EVEN)
-    return last_bytes_can_go and not _is_complete(data[: scan.stop], EVEN)
+    return last_bytes_can_go and scan is not None and not _is_complete(data[: scan.stop], EVEN)
 
 
 def _digest(data: bytes) -> bytes:
@@ -86,7 +88,7 @@ def _has_all_scans(data: bytes) -> bool:
     """Whether scans have begun for every frequency of every component, down to the last bit."""
     components = b""
     lowest: defaultdict[int, dict[int, int]] = defaultdict(dict)  # bit of a component's frequency
-    for kind, content in _segments(data):
+    for kind, content in segments(data):
         if kind in FRAMES:
             components = data[content][6::3]
         elif kind == SCAN and content.stop - content.start > 3:
@@ -100,7 +102,7 @@ def _has_all_scans(data: bytes) -> bool:
 def _coarsen(data: bytes) -> bytes:
     """The file with larger divisors, but for those of a block's mean: smaller changes of its numbers are seen."""
     coarse = bytearray(data)
-    for kind, content in _segments(data):
+    for kind, content in segments(data):
         if kind == DIVISORS:
             place = content.start
             while place < content.stop:
@@ -111,16 +113,20 @@ def _coarsen(data: bytes) -> bytes:
     return bytes(coarse)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, slice]]:
+def _last_scan(data: bytes) -> slice | None:
+    """Where the header of the last scan that has begun lies; None where there is none, or it is no JPEG."""
+    scans = [content for kind, content in segments(data) if kind == SCAN] if data.startswith(START) else []
+    return scans[-1] if scans else None
+
+
+def segments(data: bytes) -> Iterator[tuple[int, slice]]:
     """What is before, between and after the numbers of the scans: which marker, and where its content lies.
 
-    The last one is that of the end, or of the scan that the file ends in, or lies before what is none.
+    The last one is that of the end, or the last one before the file ends.
     """
     place = len(START)
-    while match := MARKER.match(data, place):
+    while match := MARKER.search(data, place):
         kind, place = match[1][0], match.end()
-        if kind in BARE:
-            continue
         if kind == LAST:
             yield kind, slice(place, place)
             return
@@ -129,8 +135,3 @@ def _segments(data: bytes) -> Iterator[tuple[int, slice]]:
         if length < 2 or place > len(data):
             return
         yield kind, content
-        if kind == SCAN:
-            following = MARKER.search(data, place)
-            if following is None:
-                return
-            place = following.start()

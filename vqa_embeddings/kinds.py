@@ -82,7 +82,7 @@ def foreign(data: bytes) -> str | None:
     """
     if not data:
         return f"it is empty; {AGAIN}"
-    if not data.strip(b"\0"):
+    if not any(data):
         return f"it holds nothing but zeros; {AGAIN}"
     if data.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer and not the picture itself; fetch that with `git lfs pull`"

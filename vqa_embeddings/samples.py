@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 from vqa_embeddings import tiff
+from vqa_embeddings.jpeg import SCAN, segments
 
 CONVERT = "save it as PNG or JPEG with 8 bits"
 
@@ -34,14 +35,13 @@ FRAMES = {
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical"),
     0xF7: "JPEG-LS",
 }  # by marker; those without a name are read
-RESTARTS, SCAN, END = 0xDD, 0xDA, b"\xd9"
-MARK = re.compile(rb"\xff+([\x01-\xfe])")
-ALONE = {bytes([mark]) for mark in (0x01, *range(0xD0, 0xD9))}  # markers that nothing belongs to
+RESTARTS = 0xDD  # the marker of how often they come
+MARK = re.compile(rb"\xff([\x01-\xfe])")  # in a scan, restarts too
 
 
 def _jpeg(data: bytes) -> str | None:
     restarts = False
-    for mark, place in _segments(data):
+    for mark, place in segments(data):
         said = data[place]
         if mark in FRAMES:
             bits, channels = said[0], said[5]
@@ -53,21 +53,10 @@ def _jpeg(data: bytes) -> str | None:
                 return f"a JPEG of {channels} channels"
         elif mark == RESTARTS:
             restarts = said != b"\0\0"
-        elif mark == SCAN and restarts and not _in_order(data, place.stop):
-            return "a JPEG whose restart markers are not in order"
-    return None
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, slice]]:
-    """The marker and what follows it, of each segment up to the header of the first scan."""
-    at, mark = 2, 0
-    while mark != SCAN:
-        found = MARK.search(data, at)
-        if found is None or found[1] == END:
-            raise ValueError("no scan")
-        mark, start = found[1][0], found.end()
-        at = start if found[1] in ALONE else start + int.from_bytes(data[start : start + 2], "big")
-        yield mark, slice(start + 2, at)
+        elif mark == SCAN:
+            in_order = not restarts or _in_order(data, place.stop)
+            return None if in_order else "a JPEG whose restart markers are not in order"
+    raise ValueError("no scan")
 
 
 def _in_order(data: bytes, start: int) -> bool:
@@ -90,7 +79,10 @@ def _gif(data: bytes) -> str | None:
     """A first frame that leaves room around it: the decoder fills that with colour 0, and not with the background."""
     width, height, flags, background = struct.unpack("<HHBB", data[6:12])
     at, transparent = 13 + _table(flags), False
-    while data[at] == EXTENSION:
+    while data[at] in (0, EXTENSION):
+        if not data[at]:  # which decoders skip
+            at += 1
+            continue
         transparent |= data[at + 1] == SEE_THROUGH and bool(data[at + 3] & 1)
         at += 2
         while data[at]:

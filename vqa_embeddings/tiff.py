@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -140,11 +141,15 @@ def doubt(data: bytes) -> str | None:
     tags = ImageFileDirectory_v2(data[: 16 if data[2] == BIG else 8])
     stream = io.BytesIO(data)
     stream.seek(tags.next)
-    tags.load(stream)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", r"(Possibly c|C)orrupt EXIF|Truncated File")  # tags that the file ends before
+        tags.load(stream)
     if 50706 in tags:
         return "a raw camera file (DNG)"
     if 262 not in tags:
         return "a TIFF without PhotometricInterpretation"
+    if _lacks_parts(tags):
+        return "a TIFF of which parts are missing"
     bits, samples = tuple(tags.get(258, (1,))), int(tags.get(277, 1))
     if len(bits) not in (1, samples) or samples > MOST:
         return f"a TIFF with {samples} channels, and bits of {len(bits)}"
@@ -163,3 +168,15 @@ def doubt(data: bytes) -> str | None:
     )
     what = found.untrusted()
     return f"a TIFF with {what}" if what else None
+
+
+def _lacks_parts(tags: ImageFileDirectory_v2) -> bool:
+    """Whether strips or tiles are left out: what is shown in their place is black, or the file's own header."""
+    width, height = int(tags[256]), int(tags[257])
+    if 324 in tags:
+        places, sizes, tall, across = tags[324], tags.get(325, ()), int(tags[323]), -(-width // int(tags[322]))
+    else:
+        places, sizes, tall, across = tags[273], tags.get(279, ()), int(tags.get(278, height)), 1
+    planes = int(tags.get(277, 1)) if tags.get(284, 1) == 2 else 1
+    few = len(places) < -(-height // tall) * across * planes
+    return few or not all(places) or not all(sizes) or (324 in tags and 273 in tags)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from vqa_embeddings.jpeg import lacks_end, mend
 from vqa_embeddings.options import MAX_MEGAPIXELS
@@ -40,6 +40,8 @@ def view(data: bytes, viewing: Viewing, see: Callable[[bytes], Image.Image]) -> 
         Unfit: it is too large, or cut off.
         Exception: as `see`.
     """
+    if data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data):
+        raise Unfit("it is cut off", "expected a whole one, mend or replace it")  # of a WEBP nothing can be shown
     try:
         with _pillow(viewing.max_megapixels, show_truncated=False):
             if not lacks_end(data):
@@ -80,12 +82,13 @@ def _too_large(said: str, limit: float) -> Unfit:
 @contextmanager
 def _pillow(max_megapixels: float, show_truncated: bool) -> Iterator[None]:
     """Pillow's settings for one picture. They are those of the process, which opens one at a time."""
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK
     # It warns of pictures that have more pixels, and refuses, wherever a header says so, those with twice as many.
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = round(max_megapixels * 1e6 / 2), show_truncated
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no fault of the picture
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK = before
