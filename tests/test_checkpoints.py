@@ -205,7 +205,7 @@ def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path,
     assert "; end tokens: <|endoftext|> (512), <|end|> (516)\n" in done.stdout
     described = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (described["model"], described["revision"], described["layout"]) == (MODEL, COMMIT, "native")
-    held = f"looked in {tmp_path / 'cache'} (which has {NATIVE_REVISION}); check --model"
+    held = f"looked in {tmp_path / 'cache'} (which has {NATIVE_REVISION}); --revision takes one"
     refused(*inputs, "--revision", "main", saying=held)
 
 
@@ -221,7 +221,7 @@ def test_without_cache_dir_the_hubs_own_cache_is_used_and_named_where_it_lacks_t
     rows = [{**row, **ABSENT} for row in table_rows()[:1]]
     inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
     fill_cache(hubs, checkpoint, "main", COMMIT[::-1])
-    refused(*inputs, saying=f"looked in model_cache and in {hubs} (which has main); check --model and the network")
+    refused(*inputs, saying=f"looked in model_cache and in {hubs} (which has main); --revision takes one")
     fill_cache(hubs, checkpoint)
     done = run(command(0, *inputs, "--plan"))
     assert done.returncode == 0, done.stderr
