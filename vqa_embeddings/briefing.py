@@ -12,8 +12,8 @@ import numpy as np
 
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, count_processes
-from vqa_embeddings.errors import RowFailed, quoted
-from vqa_embeddings.folder import PictureFolder, locate
+from vqa_embeddings.errors import quoted
+from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.launch import Launch
 from vqa_embeddings.options import ExtractOptions
 from vqa_embeddings.parts import count_part_bytes
@@ -124,13 +124,7 @@ def find_absent(folder: PictureFolder, table: Table, launch: Launch) -> str | No
     """Says so where none of the first pictures to come is there."""
     names = dict.fromkeys(table.images[int(row)] for row in islice(launch.rows, 50 * LOOKED_FOR))
     tried = list(islice(names, LOOKED_FOR))
-    for name in tried:
-        try:
-            locate(folder.path, name)
-        except RowFailed:
-            continue
-        return None
-    if not tried:
+    if not tried or any(map(folder.find, tried)):
         return None
     hint = folder.hint(tried[0])
     absent = f"none of the first {len(tried)} pictures is in {folder.path}, not even {quoted(tried[0])}"

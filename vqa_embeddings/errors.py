@@ -1,5 +1,8 @@
 """The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
 
+SAME_COMMAND = (
+    "the same command continues"  # what a StorageFailed ends with; `voice.fail` says more where that is needed
+)
 LONGEST_SHOWN = 300  # characters of what a sentence quotes
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vqa_embeddings.errors import StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, StorageFailed
 
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
@@ -45,7 +45,7 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
     except OSError as error:
         raise StorageFailed(
             f"{path} cannot be written ({error.strerror or error}); what was committed before is safe, "
-            "make room or mend the disk, and the same command continues"
+            f"make room or mend the disk, and {SAME_COMMAND}"
         ) from error
     finally:
         with suppress(OSError):
@@ -173,6 +173,4 @@ def sync_and_hash(path: Path) -> str:
 
 
 def _not_read(path: Path, error: OSError) -> StorageFailed:
-    return StorageFailed(
-        f"{path} cannot be read ({error.strerror or error}); mend the disk, and the same command continues"
-    )
+    return StorageFailed(f"{path} cannot be read ({error.strerror or error}); mend the disk, and {SAME_COMMAND}")

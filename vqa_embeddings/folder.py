@@ -11,6 +11,7 @@ from typing import TypeVar
 from unicodedata import normalize
 
 from vqa_embeddings.errors import (
+    SAME_COMMAND,
     PictureNotFound,
     PictureOutsideFolder,
     PictureUnreadable,
@@ -92,6 +93,13 @@ class PictureFolder:
         self._remember(os.path.dirname(os.path.realpath(path)))
         return opened
 
+    def find(self, name: str) -> Path | None:
+        """Where the picture `name` lies; None where it does not."""
+        try:
+            return _find(places(self.path, self._names, name), name)
+        except RowFailed:
+            return None
+
     def hint(self, name: str) -> str | None:
         """What else is there that may be meant by the name of a picture that is not, in half a sentence."""
         found = self._nearby.find(name)
@@ -108,13 +116,12 @@ class PictureFolder:
         if number in GONE or self._has_all_gone(number):
             raise StorageFailed(
                 f"{paths[0]} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
-                "mend the file server or the disk, and the same command continues"
+                f"mend the file server or the disk, and {SAME_COMMAND}"
             )
         changed = next(filter(None, map(self._find_change, paths)), None)
         if changed:
             raise StorageFailed(
-                f"{changed} is no longer the folder that it was when this run began; "
-                "mount it again, and the same command continues"
+                f"{changed} is no longer the folder that it was when this run began; mount it again, and {SAME_COMMAND}"
             )
 
     def _has_all_gone(self, number: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 from h5py import h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5t
 
-from vqa_embeddings.errors import StorageFailed, one_line
+from vqa_embeddings.errors import SAME_COMMAND, StorageFailed, one_line
 
 # From HDF5 1.8 (metadata with checksums) to 1.10; what "latest" of HDF5 2 writes, 1.14 cannot read.
 OLDEST, NEWEST = h5f.LIBVER_V18, h5f.LIBVER_V110
@@ -86,7 +86,7 @@ def misread(path: Path, error: Exception) -> StorageFailed:
     """What is raised about a file whose hash is right, and which cannot be read."""
     return StorageFailed(
         f"{path} cannot be read, though its checksum holds ({one_line(error)}); "
-        "mend the disk, or move the file away, and the same command continues"
+        f"mend the disk, or move the file away, and {SAME_COMMAND}"
     )
 
 

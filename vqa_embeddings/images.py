@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa_embeddings.errors import PictureUnreadable, RowFailed, StorageFailed, one_line
+from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, RowFailed, StorageFailed, one_line
 from vqa_embeddings.kinds import foreign
 from vqa_embeddings.names import from_disk
-from vqa_embeddings.samples import doubt
+from vqa_embeddings.samples import MARKS, doubt
 from vqa_embeddings.viewing import Unfit, Viewing, view
 
 K = TypeVar("K")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-BEGINNINGS = b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II", b"MM", b"\0\0\1\0", b"\xff\x4f\xff\x51"
+KNOWN = (*MARKS, b"\x89PNG", b"RIFF")  # what pictures begin with that a decoder may still not recognise
 TOO_LARGE = "it takes too much memory"
 LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener takes to start, to read and to decode it
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
@@ -88,7 +88,7 @@ def refused(path: Path, reason: str, errno: int | None = None) -> PictureUnreada
 
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        known = data.startswith(BEGINNINGS) or (data[4:8] == b"ftyp" and "AVIF" in _formats())
+        known = data.startswith(KNOWN) or (data[4:8] == b"ftyp" and "AVIF" in _formats())
         return "it is damaged" if known else f"it is none of {', '.join(_formats())}"
     if isinstance(error, MemoryError):
         return TOO_LARGE
@@ -158,7 +158,7 @@ def read_ahead(
             else:
                 raise StorageFailed(
                     f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of "
-                    f"{one_line(key)}; mend the file server, and the same command continues"
+                    f"{one_line(key)}; mend the file server, and {SAME_COMMAND}"
                 )
             yield key, future.result()
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,9 +12,8 @@ import numpy as np
 
 from vqa_embeddings.checkpoint import Checkpoint
 from vqa_embeddings.compute import Choice, Device, versions
-from vqa_embeddings.errors import RowFailed
 from vqa_embeddings.files import copy_file, new_csv
-from vqa_embeddings.folder import PictureFolder, locate
+from vqa_embeddings.folder import PictureFolder
 from vqa_embeddings.holdings import look
 from vqa_embeddings.names import from_disk
 from vqa_embeddings.options import ExtractOptions
@@ -38,8 +37,8 @@ class Stock:
 
     def to_bytes(self) -> bytes:
         """As it goes from rank to rank."""
-        counts = {"launch": self.launch, "extracted": self.extracted, "failed": self.failed}
-        return json.dumps({**counts, "truncated": self.truncated}).encode() + b"\n" + pack(self.pending)
+        counts = {name: getattr(self, name) for name in ("launch", "extracted", "failed", "truncated")}
+        return json.dumps(counts).encode() + b"\n" + pack(self.pending)
 
     @classmethod
     def from_bytes(cls, data: bytes, rows: int) -> Stock:
@@ -69,7 +68,7 @@ def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[
     path, images = options.vqa_dataset, options.images_dir
     assert path is not None and images is not None  # parse_extract and demo_options see to it
     folder = PictureFolder(images)
-    table = read_table(path, known_columns(options.output_dir), lambda names: find_files(folder.path, names))
+    table = read_table(path, known_columns(options.output_dir), folder.find)
     if not options.test:
         return table, folder, lambda target: copy_file(path, target)
     chosen = sample(len(table), TEST_ROWS)
@@ -82,18 +81,6 @@ def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[
                     add(row)
 
     return select(table, chosen), folder, write_sample
-
-
-def find_files(folder: Path, names: Sequence[str]) -> list[Path | None]:
-    """Where each of these pictures lies below `folder`; None where it does not."""
-
-    def find(name: str) -> Path | None:
-        try:
-            return locate(folder, name)
-        except RowFailed:
-            return None
-
-    return list(map(find, names))
 
 
 def describe_run(

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from vqa_embeddings.errors import PictureUnreadable, StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, StorageFailed
 from vqa_embeddings.images import TOO_LARGE, decode, read_file, unreadable
 from vqa_embeddings.options import MAX_MEGAPIXELS
 from vqa_embeddings.signals import follow_parent, start_child
@@ -66,7 +66,7 @@ class Openers:
                 if isinstance(died, OpenerHung):
                     break
         if isinstance(reason, NotStarted):
-            raise StorageFailed(f"{reason}; mend that, and the same command continues")
+            raise StorageFailed(f"{reason}; mend that, and {SAME_COMMAND}")
         raise unreadable(path, str(reason))
 
 
@@ -92,7 +92,7 @@ def _start(viewing: Viewing) -> Opener:
     except OSError as error:
         raise StorageFailed(
             f"no process can be started that opens pictures ({error.strerror}); "
-            "end what else runs here, or ask for less (--num-workers), and the same command continues"
+            f"end what else runs here, or ask for less (--num-workers), and {SAME_COMMAND}"
         ) from None
 
 
@@ -125,7 +125,7 @@ class Opener:
             except OpenerHung:
                 raise StorageFailed(
                     f"the process that opens pictures has not started within {START_SECONDS:.0f} s; "
-                    "mend the file server of the Python environment, and the same command continues"
+                    f"mend the file server of the Python environment, and {SAME_COMMAND}"
                 ) from None
             except OpenerDied:
                 said = complaints.read().decode(errors="replace").strip().splitlines() or [self._end()]
@@ -150,8 +150,7 @@ class Opener:
             self._read(len(STEP_DONE), OPEN_SECONDS)
         except OpenerHung:
             raise StorageFailed(
-                f"{path} has not been read within {OPEN_SECONDS:.0f} s; "
-                "mend its file server, and the same command continues"
+                f"{path} has not been read within {OPEN_SECONDS:.0f} s; mend its file server, and {SAME_COMMAND}"
             ) from None
         good, truncated, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
         if not good:

@@ -39,7 +39,7 @@ class Probation:
         self._ended: dict[int, bool] = {}  # rows from `_place` on, and whether they are held back
         self._place = 0  # in `rows`, of the first that has not ended
         self._failed = 0  # rows before that one which are held back
-        self._failed_on: set[int] = set()  # their pictures, as far as two of them
+        self._failed_on: set[int] = set()  # their pictures
 
     def release(self, units: Iterable[Sequence[Extracted | Failed]]) -> Iterator[Sequence[Extracted | Failed]]:
         """The records that may be committed.
@@ -70,8 +70,7 @@ class Probation:
         while self._place < len(self._rows) and (row := int(self._rows[self._place])) in self._ended:
             if self._ended.pop(row):
                 self._failed += 1
-                if len(self._failed_on) < 2:
-                    self._failed_on.add(int(self._pictures[self._place]))
+                self._failed_on.add(int(self._pictures[self._place]))
             self._place += 1
         over = self._place == len(self._rows)
         if self._failed >= FEW if over else self._failed >= JUDGED and len(self._failed_on) > 1:

@@ -185,3 +185,4 @@ LOOKS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], str | None]], ...] = (
     ((b"BM",), _bmp),
     ((b"\0\0\1\0",), _icon),
 )
+MARKS = tuple(mark for marks, _ in LOOKS for mark in marks)  # what files of these formats begin with

@@ -23,7 +23,7 @@ NAMED_ROWS = 3  # how many offending rows an error names
 BLOCK_ROWS = 1024  # of a table in memory: larger blocks are no faster to read, and slower to make
 FIRST_ROWS, LOOKED_FOR = 1000, 20  # the first rows of a table, and pictures of them that are looked for
 
-Finder = Callable[[Sequence[str]], Sequence[Path | None]]  # where the files of these names lie
+Finder = Callable[[str], Path | None]  # where the file of a name lies
 
 
 class Table:
@@ -139,12 +139,12 @@ class Column(Sequence[str]):
         return chain.from_iterable(fields[self._place :: 4] for fields in self._table.blocks())
 
 
-def read_table(path: Path, known: Mapping[str, str] | None = None, find_files: Finder | None = None) -> Table:
+def read_table(path: Path, known: Mapping[str, str] | None = None, find_file: Finder | None = None) -> Table:
     """Read a CSV of questions. Between its fields may be a comma, a semicolon, a tab or a `|`, as its header says.
 
     Args:
         known: the columns of the run that it belongs to, as `columns.choose` takes them.
-        find_files: tells which of several columns names the pictures; without it the first that may.
+        find_file: tells which of several columns names the pictures; without it the first that may.
     Raises:
         Refused: the file is missing, not UTF-8 or UTF-16 text, no CSV, without the columns, or without rows; or an
             id is empty, ".", repeated, or holds a "/" or a NUL, none of which can name a group of an HDF5 file.
@@ -156,7 +156,7 @@ def read_table(path: Path, known: Mapping[str, str] | None = None, find_files: F
     _check_header(path, header)
     first = list(islice(rows, FIRST_ROWS))
     candidates = columns.undecided(header, known)
-    files = _look_for_files(path, candidates, header, first, find_files) if find_files else None
+    files = _look_for_files(path, candidates, header, first, find_file) if find_file else None
     chosen = replace(columns.choose(header, known, files), delimiter=delimiter)
     for name in chosen.names.values():
         if header.count(name) > 1:
@@ -203,14 +203,14 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 
 
 def _look_for_files(
-    path: Path, candidates: Sequence[str], header: Sequence[str], first: Sequence[Sequence[str]], find_files: Finder
+    path: Path, candidates: Sequence[str], header: Sequence[str], first: Sequence[Sequence[str]], find_file: Finder
 ) -> columns.Files:
     """Where the files of the first values of these columns lie, none of which comes twice; of no column nothing."""
     places = [header.index(name) for name in candidates]
     distinct = dict.fromkeys(tuple(row[place] for place in places) for row in first)
     spread = list(distinct)[:: max(1, len(distinct) // LOOKED_FOR)][:LOOKED_FOR]
     values = list(zip(*spread, strict=True))
-    files = {name: find_files(some) for name, some in zip(candidates, values, strict=bool(values))}
+    files = {name: list(map(find_file, some)) for name, some in zip(candidates, values, strict=bool(values))}
     if values and not any(map(any, files.values())):
         raise Refused(
             f"{path} has the columns {' and '.join(candidates)}, and the first values of neither are pictures (such as "

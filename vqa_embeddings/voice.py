@@ -9,13 +9,12 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
-from vqa_embeddings.errors import NothingFinite, Refused, StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, NothingFinite, Refused, StorageFailed
 
 if TYPE_CHECKING:
     from vqa_embeddings.world import World
 
 FAILED, REFUSED = 1, 2  # exit statuses
-SAME_COMMAND = "the same command continues"
 SECOND_VOICE_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # after which a rank that waits for others says so
 REMINDER_SECONDS = 300.0  # after which it says so again

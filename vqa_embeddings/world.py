@@ -17,11 +17,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import SAME_COMMAND, Refused, one_line
 from vqa_embeddings.files import publish
 from vqa_embeddings.mpi import MPICH, OPEN_MPI, agree_on_key
 from vqa_embeddings.signals import follow_parent
-from vqa_embeddings.voice import SAME_COMMAND, say_for_rank, wait_aloud
+from vqa_embeddings.voice import say_for_rank, wait_aloud
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
 STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
