@@ -13,11 +13,11 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
+from vqa_embeddings.base.console import fail, refuse, say, say_for_rank
+from vqa_embeddings.cli.options import ExtractOptions, parse_extract
+from vqa_embeddings.cluster.signals import StopFlag, run_program
+from vqa_embeddings.cluster.world import World, read_world, same_command
 from vqa_embeddings.errors import NothingFinite, Refused, StorageFailed
-from vqa_embeddings.options import ExtractOptions, parse_extract
-from vqa_embeddings.signals import StopFlag, run_program
-from vqa_embeddings.voice import fail, refuse, say, say_for_rank
-from vqa_embeddings.world import World, read_world, same_command
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -41,15 +41,15 @@ def main() -> int:
 
 def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
-    from vqa_embeddings.briefing import say_plan
-    from vqa_embeddings.checkpoint import find_checkpoint
-    from vqa_embeddings.compute import choose_attention, choose_dtype, choose_workers, find_device
-    from vqa_embeddings.demo import NOTICE, demo_options
-    from vqa_embeddings.launch import describe_run, read_input, start
-    from vqa_embeddings.options import MODEL
-    from vqa_embeddings.progress import Progress
-    from vqa_embeddings.run import check_run, claim_run, keep_rows
-    from vqa_embeddings.shards import ShardWriter
+    from vqa_embeddings.app.demo import NOTICE, demo_options
+    from vqa_embeddings.app.launch import describe_run, read_input, start
+    from vqa_embeddings.app.plan_summary import say_plan
+    from vqa_embeddings.app.progress import Progress
+    from vqa_embeddings.cli.options import MODEL
+    from vqa_embeddings.layers.device import choose_attention, choose_dtype, choose_workers, find_device
+    from vqa_embeddings.models.checkpoint import find_checkpoint
+    from vqa_embeddings.store.run import check_run, claim_run, keep_rows
+    from vqa_embeddings.store.segments import ShardWriter
 
     if options.demo:
         if options.model is None:
@@ -73,12 +73,12 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             keep_rows(options.output_dir, write_rows)
         return
 
-    from vqa_embeddings.extract import extract
-    from vqa_embeddings.phi4 import Phi4
-    from vqa_embeddings.probation import Probation
-    from vqa_embeddings.stages import Stages
-    from vqa_embeddings.viewing import Viewing
-    from vqa_embeddings.weights import load_model
+    from vqa_embeddings.app.nan_guard import Probation
+    from vqa_embeddings.base.timings import Stages
+    from vqa_embeddings.data.picture_limits import Viewing
+    from vqa_embeddings.engine.scheduler import extract
+    from vqa_embeddings.models.phi4mm.model import Phi4
+    from vqa_embeddings.models.phi4mm.weights import load_model
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
     engine = Phi4(*loaded, options.max_new_tokens)

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import sys
 
+from vqa_embeddings.base.console import fail, refuse, say
+from vqa_embeddings.cli.options import parse_merge
+from vqa_embeddings.cluster.world import World, read_ranks
 from vqa_embeddings.errors import Refused, StorageFailed
-from vqa_embeddings.options import parse_merge
-from vqa_embeddings.voice import fail, refuse, say
-from vqa_embeddings.world import World, read_ranks
 
 
 def main() -> int:
     """Parse, merge or only look, report. Returns the exit status."""
     options = parse_merge(__doc__)
-    from vqa_embeddings.merge import check, merge
+    from vqa_embeddings.app.merge import check, merge
 
     world = World()
     try:

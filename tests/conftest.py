@@ -19,7 +19,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
-from vqa_embeddings.demo import DATA, make_checkpoint
+from vqa_embeddings.app.demo import DATA, make_checkpoint
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -150,7 +150,7 @@ def checkpoint(shared_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def original(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same checkpoint in the original layout."""
-    from original_layout import write_original
+    from tests.helpers.original_layout import write_original
 
     return write_original(checkpoint, tmp_path_factory.mktemp("original") / "checkpoint")
 
@@ -163,7 +163,7 @@ def copy(request: pytest.FixtureRequest, checkpoint: Path, original: Path, tmp_p
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Path):
-    from reference import Reference
+    from tests.helpers.reference import Reference
 
     return Reference(checkpoint)
 

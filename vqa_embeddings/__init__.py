@@ -12,7 +12,7 @@ __all__ = ["open_embeddings"]
 def __getattr__(name: str) -> object:
     """`open_embeddings`, once it is asked for: `--help` should not have to wait for h5py."""
     if name == "open_embeddings":
-        from vqa_embeddings.embeddings import open_embeddings
+        from vqa_embeddings.store.reader import open_embeddings
 
         return open_embeddings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ if ! command -v sbatch > /dev/null; then
 fi
 enter_environment
 # What cannot be right is refused here, not hours later by every task of the array.
-output=$(python -c 'from vqa_embeddings.options import print_output_of_array; print_output_of_array()' "$@")
+output=$(python -c 'from vqa_embeddings.cli.options import print_output_of_array; print_output_of_array()' "$@")
 [ -n "$output" ] || exit 0 # --help
 
 export VQA_EMBEDDINGS_HOME=$home

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from tests.benchmarks import extraction, merging, planning, precision, ranks, reading
-from vqa_embeddings.compute import versions
+from vqa_embeddings.layers.device import versions
 
 PARTS = {
     "extraction": ("Extraction against the published algorithm", extraction),

@@ -15,13 +15,13 @@ import numpy as np
 from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
-from vqa_embeddings.compute import WORKERS, find_device
-from vqa_embeddings.extract import extract
-from vqa_embeddings.folder import PictureFolder
-from vqa_embeddings.images import open_picture
+from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.engine.scheduler import extract
+from vqa_embeddings.layers.device import WORKERS, find_device
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.stages import Stages
-from vqa_embeddings.table import Table
 
 NEW_TOKENS = 32
 PUBLISHED_ROWS = 2  # timed a round, each by itself

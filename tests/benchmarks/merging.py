@@ -24,12 +24,14 @@ import h5py
 import numpy as np
 
 from tests.benchmarks.runs import random_run
-from vqa_embeddings import merge, parts, shards
-from vqa_embeddings.options import parse_merge
+from vqa_embeddings.app import merge
+from vqa_embeddings.cli.options import parse_merge
+from vqa_embeddings.data.table import Table, read_table
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.run import COVERAGE_FILE, check_run, claim_run, keep_rows, read_run, read_run_rows
-from vqa_embeddings.shards import ShardWriter
-from vqa_embeddings.table import Table, read_table
+from vqa_embeddings.store import parts
+from vqa_embeddings.store import segments as shards
+from vqa_embeddings.store.run import COVERAGE_FILE, check_run, claim_run, keep_rows, read_run, read_run_rows
+from vqa_embeddings.store.segments import ShardWriter
 
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, VISION = [0, 8, 16, 24, 31], 3072, 1152  # of the real model

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.runs import random_run
-from vqa_embeddings.coverage import plan_parts
-from vqa_embeddings.files import new_csv
-from vqa_embeddings.holdings import Holdings
-from vqa_embeddings.merge import Outcome, _report
-from vqa_embeddings.plan import PICTURE_COST, share_rows, split
+from vqa_embeddings.app.merge import Outcome, _report
+from vqa_embeddings.base.files import new_csv
+from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
+from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_warnings import survey
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.run import check_run, claim_run, keep_rows, read_run, read_run_rows
-from vqa_embeddings.shards import Segment, ShardWriter, read_segments
-from vqa_embeddings.stages import Stages
-from vqa_embeddings.survey import survey
-from vqa_embeddings.table import read_table
+from vqa_embeddings.store.catalog import Holdings
+from vqa_embeddings.store.coverage import plan_parts
+from vqa_embeddings.store.run import check_run, claim_run, keep_rows, read_run, read_run_rows
+from vqa_embeddings.store.segments import Segment, ShardWriter, read_segments
 
 ROWS, QUICK_ROWS = 10_000_000, 200_000
 QUESTIONS_A_PICTURE = 10

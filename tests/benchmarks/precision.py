@@ -15,14 +15,14 @@ import numpy as np
 
 from tests.benchmarks import smollm2
 from tests.benchmarks.inputs import load
-from tests.massive import make_massive
-from tests.reference import LARGEST, Reference, cosine, relative_error
-from vqa_embeddings.compute import find_device
-from vqa_embeddings.demo import DATA, make_checkpoint
-from vqa_embeddings.extract import extract
-from vqa_embeddings.folder import PictureFolder
-from vqa_embeddings.phi4 import Phi4
-from vqa_embeddings.table import Table, read_table, select
+from tests.helpers.massive import make_massive
+from tests.helpers.reference import LARGEST, Reference, cosine, relative_error
+from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.table import Table, read_table, select
+from vqa_embeddings.engine.scheduler import extract
+from vqa_embeddings.layers.device import find_device
+from vqa_embeddings.models.phi4mm.model import Phi4
 
 LIBRARY = "the library in bfloat16"
 FORMATS = ("float32", "float16", "bfloat16")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqa_embeddings.checkpoint import kept_layers
+from vqa_embeddings.models.checkpoint import kept_layers
 
 
 class Published:

@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.benchmarks.merging import ROOT, make_output
 from vqa_embeddings import open_embeddings
-from vqa_embeddings.parts import NAMES
+from vqa_embeddings.store.parts import NAMES
 
 ROUNDS = 3
 LAYER = 16

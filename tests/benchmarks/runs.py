@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqa_embeddings.run import Run
+from vqa_embeddings.store.run import Run
 
 
 def random_run(rows: int, fingerprint: str, layers: Sequence[int], hidden_size: int, vision_size: int) -> Run:

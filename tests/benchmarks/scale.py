@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from vqa_embeddings import plan
-from vqa_embeddings.parts import NAMES
+from vqa_embeddings.cluster import sharding as plan
+from vqa_embeddings.store.parts import NAMES
 
 ROWS, QUICK_ROWS = 100_000_000, 10_000_000
 RANKS, TASKS = 1024, 128  # in one launch, or as so many array tasks of 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vqa_embeddings.vision import Pixels
+from vqa_embeddings.models.phi4mm.vision import Pixels
 
 
 @dataclass(frozen=True)

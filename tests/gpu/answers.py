@@ -12,16 +12,16 @@ from unittest import mock
 
 import numpy as np
 import torch
-from reference import relative_error
 
 from tests.benchmarks.inputs import Noting
-from vqa_embeddings.decoder import NOT_FINITE
-from vqa_embeddings.demo import DATA
-from vqa_embeddings.extract import Flight, extract
-from vqa_embeddings.folder import PictureFolder
+from tests.helpers.reference import relative_error
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
+from vqa_embeddings.engine.scheduler import Flight, extract
+from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.steps import Steps, _Captured
-from vqa_embeddings.table import Table, read_table
 
 NEVER = 1 << 60  # passes before a capture
 
@@ -171,7 +171,7 @@ def is_astray() -> bool:
 
 def eagerly() -> AbstractContextManager[object]:
     """Take every step without a graph, on the same shapes."""
-    return mock.patch("vqa_embeddings.steps.PASSES_BEFORE_CAPTURE", NEVER)
+    return mock.patch("vqa_embeddings.engine.cuda_graphs.PASSES_BEFORE_CAPTURE", NEVER)
 
 
 def captures(model: Noting) -> bool:

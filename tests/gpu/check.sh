@@ -8,5 +8,5 @@
 #     bash tests/gpu/check.sh --help     # the stages
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH=".:tests${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python3}" -u -m tests.gpu.check "$@"

@@ -31,16 +31,17 @@ from transformers.initialization import no_init_weights
 
 from tests.benchmarks.inputs import FULL, load, questions, write_pictures
 from tests.gpu.fake_device import FakeDevice, Operator
-from vqa_embeddings import compute, demo
-from vqa_embeddings.batch import Batch
-from vqa_embeddings.claims import Claim
-from vqa_embeddings.extract import extract
-from vqa_embeddings.folder import PictureFolder
-from vqa_embeddings.phi4 import Phi4
+from vqa_embeddings.app import demo
+from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.engine.runner import Batch
+from vqa_embeddings.engine.scheduler import extract
+from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers.gpu_claims import Claim
+from vqa_embeddings.models.phi4mm.model import Phi4
+from vqa_embeddings.models.phi4mm.weights import quiet_library
 from vqa_embeddings.records import Failed
-from vqa_embeddings.stages import Stages
-from vqa_embeddings.table import Table
-from vqa_embeddings.weights import quiet_library
 
 GIB = 2**30
 CACHE = "cache"  # what happens outside the stages of the work: a cache is allocated

@@ -19,9 +19,9 @@ from tests.benchmarks.inputs import questions, write_pictures
 from tests.gpu.answers import Counts, Noting, captures, counted
 from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
-from vqa_embeddings.extract import Flight
-from vqa_embeddings.images import open_picture
-from vqa_embeddings.stages import Stages
+from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.engine.scheduler import Flight
 
 ROWS, PICTURES, SIZE = 256, 19, (640, 480)
 ROWS_ON_CPU, PICTURES_ON_CPU = 24, 3

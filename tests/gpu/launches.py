@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published_reader import read_published
-from reference import LARGEST, Expected, cosine, relative_error
 
 from tests.gpu import graphs
 from tests.gpu.report import Report, Skipped, say
 from tests.gpu.scene import TOKENS, Scene
-from vqa_embeddings.compute import find_device
+from tests.helpers.published_reader import read_published
+from tests.helpers.reference import LARGEST, Expected, cosine, relative_error
+from vqa_embeddings.layers.device import find_device
 
 ROOT = Path(__file__).parent.parent.parent
 RELATIVE, COSINE = 1e-4, 0.999  # the contract's: of float32, of the narrower formats

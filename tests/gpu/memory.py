@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.gpu.answers import Answers, Noting, answer_all, counted, difference, is_astray
 from tests.gpu.report import Report, Skipped, say
 from tests.gpu.scene import Scene
-from vqa_embeddings.batch import Batch
+from vqa_embeddings.engine.cuda_graphs import Step
+from vqa_embeddings.engine.runner import Batch
 from vqa_embeddings.records import Failed
-from vqa_embeddings.steps import Step
 
 TOKENS = 24  # few, so that no tie falls to the other side in a smaller batch
 GIB = 1 << 30

@@ -20,12 +20,12 @@ from torch import Tensor
 from tests.gpu.answers import Answers, Noting, answer_all, captures, counted, difference
 from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
-from vqa_embeddings.decoder import Decoder
-from vqa_embeddings.demo import DATA
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.table import read_table
 from vqa_embeddings.errors import NonFiniteValues
-from vqa_embeddings.images import open_picture
+from vqa_embeddings.models.phi4mm.decoder import Decoder
 from vqa_embeddings.records import Failed
-from vqa_embeddings.table import read_table
 
 BATCH_SIZE, TOKENS = 5, 60
 SHORTEST = 8  # tokens of the row's answer: the steps before are for a graph to be captured

@@ -11,15 +11,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from original_layout import write_original
 from PIL import Image
-from reference import Expected, Reference
 
 from tests.benchmarks.inputs import FULL, Noting, load
 from tests.gpu.report import say
-from vqa_embeddings import compute
-from vqa_embeddings.compute import Device, find_device, versions
-from vqa_embeddings.demo import DATA, make_checkpoint
+from tests.helpers.original_layout import write_original
+from tests.helpers.reference import Expected, Reference
+from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers.device import Device, find_device, versions
 
 TOKENS = 8  # of the answers that are held against the reference
 PICTURES = {"coffee.jpg": 4, "astronaut.jpg": 4}  # with masked patches, and without any; how many questions of each

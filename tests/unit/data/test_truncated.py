@@ -1,0 +1,362 @@
+"""Pictures that are cut off fail their rows, or are shown with a mark; one that lacks only its end marker is whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from tests.conftest import arguments_for, command, run, table_rows, write_table
+from tests.helpers.odd_pictures import CAT, bad, encoded, png, seen
+from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
+from tests.unit.store.test_embeddings import COLUMNS
+from vqa_embeddings import open_embeddings
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.app.launch import Launch, take_stock
+from vqa_embeddings.app.merge import check, merge
+from vqa_embeddings.app.plan_summary import brief
+from vqa_embeddings.cli.options import parse_extract, parse_merge
+from vqa_embeddings.cluster.world import World
+from vqa_embeddings.data import decode_pool as opener_module
+from vqa_embeddings.data.decode_pool import Openers
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.picture_limits import Viewing, is_truncated
+from vqa_embeddings.data.pictures import decode, open_picture
+from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.errors import PictureUnreadable
+from vqa_embeddings.models.checkpoint import find_checkpoint
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.store.run import read_run, read_run_rows
+
+FAIL, SHOW = Viewing(), Viewing(show_truncated=True)
+SMALL = CAT[:61, :83]
+JPEGS = {
+    "baseline": encoded(SMALL, "JPEG", quality=90),
+    "grey": encoded(SMALL[..., 0], "JPEG", quality=50),
+    "optimised": encoded(SMALL, "JPEG", quality=75, optimize=True),
+    "restarts": encoded(SMALL, "JPEG", quality=90, restart_marker_blocks=3),
+    "progressive": encoded(SMALL, "JPEG", quality=90, progressive=True),
+    "nothing_to_refine": encoded(np.full((64, 64), 99, np.uint8), "JPEG", progressive=True, restart_marker_blocks=5),
+    "white": encoded(np.full((40, 40, 3), 255, np.uint8), "JPEG", optimize=True),
+}
+CUT = "cannot be read as a picture: it is cut off; expected a whole one, .*--truncated-pictures show"
+
+
+def opened(data: bytes, viewing: Viewing = FAIL) -> Image.Image:
+    return decode(Path("cat.jpg"), data, viewing)
+
+
+def pixels(data: bytes, viewing: Viewing = FAIL) -> np.ndarray:
+    return np.asarray(opened(data, viewing))
+
+
+@pytest.fixture(scope="module")
+def openers() -> dict[Viewing, Openers]:
+    return {FAIL: Openers(FAIL), SHOW: Openers(SHOW)}
+
+
+@pytest.mark.parametrize("viewing", [FAIL, SHOW])
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(tmp_path, openers, name, viewing):
+    for lost in (1, 2):
+        (tmp_path / "cat.jpg").write_bytes(JPEGS[name][:-lost])
+        for open_ in (partial(open_picture, viewing=viewing), openers[viewing]):
+            picture = open_(tmp_path / "cat.jpg")
+            assert np.array_equal(np.asarray(picture), seen(JPEGS[name])) and not is_truncated(picture)
+
+
+@pytest.mark.parametrize("name", ["baseline", "grey", "optimised", "restarts", "progressive"])
+def test_a_jpeg_that_lacks_any_byte_more_is_cut_off(name):
+    data = JPEGS[name]
+    begin_of_scan = data.index(b"\xff\xda") + 20
+    scans = [found.start() for found in re.finditer(rb"\xff[\xc4\xda\xd0-\xd7]", data) if found.start() > begin_of_scan]
+    cuts = {*range(len(data) - 150, len(data) - 2), *(at + more for at in scans for more in (0, 1, 2, 4))}
+    for cut in sorted(cuts - {len(data) - 2, len(data) - 1}):
+        with pytest.raises(PictureUnreadable, match=CUT):
+            opened(data[:cut])
+
+
+def test_a_cut_that_only_rounding_hides_is_one():
+    """Of this picture a byte can go, and no pixel changes whatever follows, but for what has really stood there."""
+    with Image.open(DATA / "rocket.jpg") as rocket:
+        corner = rocket.convert("RGB").crop((282, 180, 282 + 52, 180 + 97))
+    data = encoded(corner, "JPEG", quality=100, progressive=True, subsampling=1)
+    for cut in range(len(data) - 60, len(data) - 2):
+        try:
+            assert np.array_equal(pixels(data[:cut]), seen(data)), cut
+        except PictureUnreadable:
+            continue
+
+
+@pytest.mark.parametrize("name", ["baseline", "restarts", "progressive"])
+@pytest.mark.parametrize("junk", [bytes(20_000), b"\xff" * 5000, b"<html>504 Gateway Time-out</html>" * 200, b"\0" * 9])
+def test_what_lies_behind_a_cut_does_not_make_a_picture_whole(name, junk):
+    data = JPEGS[name]
+    for cut in (len(data) - 12, len(data) * 2 // 3):
+        with pytest.raises(PictureUnreadable, match="it is cut off"):
+            opened(data[:cut] + junk)
+
+
+@pytest.mark.parametrize("name", ["baseline", "progressive"])
+@pytest.mark.parametrize("behind", [b"\xff\xfe\0\4ab", b"\xff\xe1\0\4ab" + bytes(500), b"\xff\xfe\0\4ab" + bytes(9000)])
+def test_a_segment_behind_a_cut_does_not_make_a_picture_whole(name, behind):
+    data = JPEGS[name]
+    with pytest.raises(PictureUnreadable, match="it is cut off"):
+        opened(data[: len(data) // 2] + behind)
+    assert is_truncated(opened(data[: len(data) // 2] + behind, SHOW))
+    assert np.array_equal(pixels(data[:-2] + behind), seen(data)), "behind a whole one it is no harm"
+
+
+@pytest.mark.parametrize("junk", [b"\0", b"abc", b"\xff\xff"])
+def test_bytes_between_the_segments_hide_no_cut(junk):
+    data = JPEGS["baseline"]
+    place = 4 + int.from_bytes(data[4:6], "big")
+    loose = data[:place] + junk + data[place:]
+    assert np.array_equal(pixels(loose), seen(data)) and np.array_equal(pixels(loose[:-2]), seen(data))
+    with pytest.raises(PictureUnreadable, match="it is cut off"):
+        opened(loose[: len(loose) // 2] + bytes(70_000))
+
+
+def test_a_webp_that_is_cut_off_says_so_and_has_nothing_to_show():
+    whole = encoded(CAT, "WEBP")
+    assert pixels(whole).shape == CAT.shape
+    for viewing in (FAIL, SHOW):
+        with pytest.raises(PictureUnreadable, match=r"it is cut off; expected a whole one, mend or replace it$"):
+            opened(whole[: len(whole) // 2], viewing)
+
+
+def cut_off() -> dict[str, tuple[bytes, bytes]]:
+    """Files that lack their last quarter, with the whole ones, by format."""
+    palette = Image.fromarray(CAT).quantize(64)
+    whole = {
+        "jpg": encoded(CAT, "JPEG"),
+        "png": encoded(CAT, "PNG"),
+        "gif": encoded(palette, "GIF"),
+        "bmp": encoded(CAT[::-1], "BMP"),
+        "tif": encoded(CAT, "TIFF"),
+        "ppm": encoded(CAT, "PPM"),
+        "ico": encoded(Image.fromarray(CAT[:64, :64]), "ICO", sizes=[(64, 64)]),
+    }
+    return {name: (data[: len(data) * 3 // 4], data) for name, data in whole.items()}
+
+
+CUT_OFF = cut_off()
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_a_picture_that_is_cut_off_is_shown_with_a_mark_where_that_is_asked_for(tmp_path, openers, name):
+    part, whole = CUT_OFF[name]
+    for data, truncated in ((part, True), (whole, False)):
+        (tmp_path / name).write_bytes(data)
+        for open_ in (partial(open_picture, viewing=SHOW), openers[SHOW]):
+            picture = open_(tmp_path / name)
+            assert is_truncated(picture) == truncated
+            same = np.all(np.asarray(picture) == seen(whole), axis=(1, 2))
+            assert same.all() != truncated
+            rows = same[::-1] if name == "bmp" else same  # which begins with its last line
+            assert rows[: len(rows) // 3].all()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    (tmp_path / name).write_bytes(part)
+    for open_ in (open_picture, openers[FAIL]):
+        with pytest.raises(PictureUnreadable, match=CUT):
+            open_(tmp_path / name)
+
+
+UNREADABLE = {name: data for name, (data, error) in bad().items() if error == "PictureUnreadable"}
+SHOWN = {"half.jpg", "half.png", "half.gif"}
+OTHER = {"strip.png", "column.png", "crash.jpg", "hang.jpg"}  # pictures
+
+
+@pytest.mark.parametrize("name", sorted(UNREADABLE.keys() - SHOWN - OTHER))
+def test_what_is_no_picture_is_not_shown_either(name):
+    with pytest.raises(PictureUnreadable):
+        opened(UNREADABLE[name], SHOW)
+
+
+def test_no_file_says_of_itself_that_it_is_cut_off():
+    chunks = [(b"IHDR", struct.pack("!IIBBBBB", 1, 1, 8, 2, 0, 0, 0)), (b"tEXt", b"truncated\0True")]
+    whole = png(*chunks, (b"IDAT", bytes.fromhex("789c63606060000000040001")), (b"IEND", b""))
+    with Image.open(io.BytesIO(whole)) as picture:
+        assert is_truncated(picture)  # what Pillow reads from it
+    assert not is_truncated(opened(whole, SHOW))
+
+
+@pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])
+def test_a_picture_with_too_many_pixels_is_refused_by_the_limit_that_the_user_sets(tmp_path, through):
+    (tmp_path / "bomb.png").write_bytes(UNREADABLE["bomb.png"])
+    advice = r"expected 178.9 at most, scale it or raise --max-megapixels$"
+    with pytest.raises(PictureUnreadable, match=rf"it has 3,600.0 megapixels; {advice}"):
+        through(tmp_path / "bomb.png")
+    enough, less = Viewing(max_megapixels=128 * 96 / 1e6), Viewing(max_megapixels=0.0122)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(pixels(encoded(CAT, "PNG"), enough), CAT)
+    with pytest.raises(PictureUnreadable, match=r"it has 0.0 megapixels; expected 0.0122 at most"):
+        opened(encoded(CAT, "PNG"), less)
+
+
+@pytest.mark.parametrize("viewing", [Viewing(0.002), Viewing(0.002, show_truncated=True)])
+def test_a_picture_within_another_counts_as_well(viewing):
+    """An icon may hold a larger one than it says."""
+    icon = bytearray(encoded(Image.fromarray(CAT[:64, :64]), "ICO", sizes=[(64, 64)]))
+    icon[6:8] = 16, 16
+    with pytest.raises(PictureUnreadable, match=r"it has 0.0 megapixels; expected 0.002 at most"):
+        opened(bytes(icon), viewing)
+
+
+def test_the_limit_of_pixels_is_the_programs_own_and_memory_grows_with_it(tmp_path, monkeypatch):
+    Image.new("1", (10_000, 4_000)).save(tmp_path / "wide.png")
+    monkeypatch.setattr(opener_module, "MEMORY_BYTES", 250 << 20)
+    with pytest.raises(PictureUnreadable, match="it takes too much memory"):
+        Openers()(tmp_path / "wide.png")
+    assert Openers(Viewing(max_megapixels=1000))(tmp_path / "wide.png").size == (10_000, 4_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert open_picture(tmp_path / "wide.png").size == (10_000, 4_000)
+    assert Image.MAX_IMAGE_PIXELS == 1
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e7", "many"])
+def test_a_limit_that_is_none_is_refused(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_extract(None, ["--demo", f"--max-megapixels={given}"])
+    assert ended.value.code == 2
+    assert f"'{given}' is not a number above 0, and 1000000 at most" in capsys.readouterr().err
+
+
+MARKED = {0, 3, 4, 11, 22}
+
+
+def marked(row: int) -> Extracted:
+    return replace(record(row), truncated=row in MARKED)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return begin_run(tmp_path)
+
+
+def merged(out: Path, *arguments: object) -> tuple[int, str]:
+    """The exit status of a merge in this process, and what it says."""
+    options = parse_merge(None, ["--output-dir", str(out), *map(str, arguments)])
+    outcome = (check if options.check else merge)(options)
+    return outcome.status, "\n".join(outcome.sentences(options))
+
+
+def assert_marked(out: Path, rows: set[int]) -> None:
+    """Only the rows in `MARKED` carry the mark, wherever they lie, and they are counted."""
+    e = open_embeddings(out)
+    assert {int(name[1:]) for name, truncated in zip(e.ids, e.truncated, strict=True) if truncated} == MARKED & rows
+    assert e[f"q{min(rows)}"]["answer"] == record(min(rows)).answer
+    assert coverage(out)["truncated_pictures"] == len(MARKED & rows)
+    for path in sorted(out.glob("*embeddings*.h5")):
+        with h5py.File(path) as part:
+            attributes = {int(name[1:]): dict(row.attrs) for name, row in part.items()}
+            expected = {row: {"picture_truncated": True} if row in MARKED else {} for row in attributes}
+            assert attributes == expected
+            assert ("truncated_pictures" in part.attrs) == bool(MARKED & attributes.keys())
+    for path in sorted(out.glob("*columns*.h5")):
+        with h5py.File(path) as part:
+            flags = part["picture_truncated"][:] if "picture_truncated" in part else np.zeros(len(part["row"]), bool)
+            assert [row in MARKED for row in part["row"][:].tolist()] == flags.tolist()
+
+
+@pytest.mark.parametrize("layout", ["grouped", "columnar"])
+def test_the_mark_goes_with_its_row_wherever_that_goes(out, layout):
+    arguments = ["--part-size", PART_SIZE, "--layout", layout]
+    done = set(range(ROWS)) - {12}
+    commit(out, [marked(row) for row in done])
+    commit(out, [Failed(12, "PictureUnreadable", "it is cut off")])
+    sentence = f"{len(MARKED)} of the extracted rows are on pictures that are cut off (--truncated-pictures show)"
+    assert sentence in merged(out, "--check")[1]
+    status, said = merged(out, *arguments, "--prune")
+    assert status == 4 and sentence in said
+    assert "5 of the extracted rows are on pictures that are cut off" in (out / "report.html").read_text()
+    assert_marked(out, done)
+    assert len(list(out.glob("shards/*/*.h5"))) == 1  # that of the row that failed
+    before = contents(out)
+    assert merged(out, *arguments)[0] == 4
+    assert contents(out) == before
+    commit(out, [marked(12)])  # its part is made anew from what the parts alone hold
+    assert merged(out, *arguments, "--compression", "gzip")[0] == 0
+    assert_marked(out, set(range(ROWS)))
+    if layout == "grouped":
+        assert_right(out, set(range(ROWS)))
+    other = "columnar" if layout == "grouped" else "grouped"
+    assert merged(out, "--part-size", PART_SIZE, "--layout", other)[0] == 0
+    assert_marked(out, set(range(ROWS)))
+
+
+def test_where_no_picture_is_cut_off_nothing_is_written_of_it(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    assert merged(out, "--part-size", PART_SIZE, "--layout", "columnar")[0] == 0
+    assert "cut off" not in (out / "report.html").read_text()
+    for path in [*out.glob("shards/*/*.h5"), out / COLUMNS.format(1)]:
+        with h5py.File(path) as file:
+            assert "picture_truncated" not in file
+
+
+def test_the_mark_of_the_copy_that_counts_counts(out):
+    commit(out, [record(row) for row in range(ROWS)])
+    commit(out, [replace(record(row), truncated=True) for row in range(ROWS)])
+    assert merged(out, "--part-size", PART_SIZE)[0] == 0
+    assert coverage(out)["truncated_pictures"] == 0 and not open_embeddings(out).truncated.any()
+
+
+def test_the_plan_says_how_many_there_are(out):
+    commit(out, [marked(row) for row in range(ROWS)])
+    options = parse_extract(None, ["--demo", "--output-dir", str(out)])
+    run = read_run(out)
+    table = read_run_rows(out, run)
+    stock = take_stock(options, run, table)
+    launch = Launch(type(stock).from_bytes(stock.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0))
+    lines = list(islice(brief(World(), options, run, launch, table, *[None] * 5), 4))
+    assert lines[2:] == [
+        f"done before: {ROWS} rows extracted, 0 failed",
+        f"{len(MARKED)} rows done before on pictures that are cut off",
+    ]
+
+
+def test_rows_that_failed_on_pictures_cut_off_are_tried_again_in_the_same_folder(tmp_path, checkpoint):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    cat = (DATA / "cat.jpg").read_bytes()
+    for name, data in (("cut.jpg", cat[: len(cat) // 2]), ("end.jpg", cat[:-1]), ("cat.jpg", cat)):
+        (images / name).write_bytes(data)
+    question = table_rows()[0]["question"]
+    names = ("cut.jpg", "end.jpg", "cat.jpg")
+    rows = [{"question_id": name[:3], "image_id": name, "question": question, "answer": ""} for name in names]
+    table = write_table(tmp_path / "vqa.csv", rows)
+    inputs = [*arguments_for(table, checkpoint, images), "--max-new-tokens", 3, "--output-dir", out]
+    done = run(command(0, *inputs))
+    assert "2 rows extracted, 1 failed, 0 left" in done.stderr + done.stdout
+    done = run(command(0, *inputs, "--retry-failed", "--truncated-pictures", "show", "--num-workers", 0))
+    assert "1 rows extracted, 0 failed, 0 left" in done.stderr + done.stdout, done.stderr
+    e = open_embeddings(out)
+    assert e.truncated.tolist() == [True, False, False]
+    states = e.query_token(e.layers[-1])
+    assert np.array_equal(states[1], states[2]) and not np.allclose(states[0], states[2])
+    # The same with processes that open pictures, and by no choice of the run.
+    (shown,) = extract_here(checkpoint, read_table(table), images)
+    assert shown.truncated and np.array_equal(shown.query_token[-1], states[0])
+
+
+def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted]:
+    """The first row, its picture opened by another process."""
+    from vqa_embeddings.engine.scheduler import extract
+    from vqa_embeddings.models.phi4mm.model import Phi4
+    from vqa_embeddings.models.phi4mm.weights import load_model
+
+    found = find_checkpoint(str(checkpoint), None, checkpoint)
+    engine = Phi4(*load_model(found, "cpu", "float32", "sdpa", "merged"), 3)
+    records = extract(engine, table, [0], PictureFolder(images), None, 1, viewing=SHOW)
+    return [record for some in records for record in some]

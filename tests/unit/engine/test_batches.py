@@ -1,0 +1,329 @@
+"""The rows that are answered together: whatever the batch, the order and the memory, each is what it is alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.conftest import TOKENS, table_rows
+from tests.helpers.reference import strict_error
+from tests.unit.models.test_model import TOLERANCE, ask, assert_equals, load
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.engine import runner as batch_room
+from vqa_embeddings.engine import scheduler as extract_room
+from vqa_embeddings.engine.runner import Batch, size_cache
+from vqa_embeddings.engine.scheduler import Flight
+from vqa_embeddings.layers.attention import Partial, attend_some, gather, join
+from vqa_embeddings.layers.kv_cache import PAGE, CacheSize, Prefix, arrange
+from vqa_embeddings.models.phi4mm.model import Phi4
+from vqa_embeddings.models.phi4mm.vision import needed_patches
+from vqa_embeddings.records import Extracted
+
+PAGES_OF_A_SMALLER_ONE = 3
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> Phi4:
+    return load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def by_picture() -> dict[str, list[dict[str, str]]]:
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in table_rows():
+        groups.setdefault(row["image_id"], []).append(row)
+    return groups
+
+
+def ask_rows(model: Phi4, groups: list[tuple[str, list[dict[str, str]]]], batch_size: int | None):
+    """The records of rows of the shipped table, each with its row."""
+    asked = [(open_picture(DATA / name), [row["question"] for row in rows]) for name, rows in groups]
+    return zip([row for _, rows in groups for row in rows], ask(model, asked, batch_size), strict=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 13, 31, 64, None])
+def test_every_row_equals_the_reference_at_every_batch_size_and_in_any_order(model, by_picture, expected, batch_size):
+    chance = random.Random(batch_size)
+    groups = [(name, chance.sample(rows, len(rows))) for name, rows in by_picture.items()]
+    chance.shuffle(groups)
+    for row, found in ask_rows(model, groups, batch_size):
+        assert_equals(model, found, expected[row["question_id"]])
+
+
+def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(model, by_picture, monkeypatch):
+    """One question a picture: the pictures are read once each, and the steps are far fewer than the tokens."""
+    steps, seated = [], []
+    step, read = Batch.step, Batch.read_picture
+    monkeypatch.setattr(Batch, "step", lambda self: (steps.append(len({id(r.prefix) for r in self.rows})), step(self)))
+    monkeypatch.setattr(Batch, "read_picture", lambda self, *given: (seated.append(1), read(self, *given))[1])
+    list(ask_rows(model, [(name, rows[:2]) for name, rows in by_picture.items()], batch_size=4))
+    assert len(seated) == len(by_picture)
+    assert max(steps) >= 2, "no step was for rows of several pictures"
+    assert len(steps) < len(by_picture) * 2 * (TOKENS - 1) / 2
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch, error):
+    """As a GPU would: while seeing a picture, and wherever more than three rows are computed together."""
+    failures = []
+    read_rows = model.decoder.read_rows
+
+    def too_many(cache, company, pages, first, tokens, *rest):
+        if len(tokens) > 3 and (tokens.shape[1] == 1 or len(failures) > 1):
+            failures.append(len(tokens))
+            raise error
+        return read_rows(cache, company, pages, first, tokens, *rest)
+
+    seen = model.pictures
+
+    def too_many_seen(pixels):
+        if not failures:
+            failures.append(0)
+            raise error
+        return seen(pixels)
+
+    monkeypatch.setattr(model.decoder, "read_rows", too_many)
+    monkeypatch.setattr(model, "pictures", too_many_seen)
+    for row, found in ask_rows(model, list(by_picture.items()), 32):
+        assert_equals(model, found, expected[row["question_id"]])
+    assert len(failures) >= 3
+
+
+def test_running_out_of_memory_with_one_row_ends_the_run(model, by_picture, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.decoder, "read_rows", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(ask_rows(model, list(by_picture.items()), 4))
+
+
+def test_a_row_whose_values_are_not_finite_harms_no_row_beside_it_or_after_it(model, by_picture, expected, monkeypatch):
+    """NaN in its keys and values, in its seat and in its picture's pages, all of which others use after it."""
+    pictures, broken = model.pictures, []
+
+    def break_the_first(pixels):
+        made = pictures(pixels)
+        if not broken:
+            broken.append(1)
+            made[0].embeddings[5:] = torch.nan
+        return made
+
+    monkeypatch.setattr(model, "pictures", break_the_first)
+    groups = list(by_picture.items())
+    for index, (row, found) in enumerate(ask_rows(model, groups, 4)):
+        if index < len(groups[0][1]):
+            assert found.error == "NonFiniteValues"
+        else:
+            assert_equals(model, found, expected[row["question_id"]])
+
+
+def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_it(model, monkeypatch):
+    """A row full of NaN with a long question leaves early, and a row with a short one moves into its seat."""
+    pictures = model.pictures
+
+    def break_the_first(pixels):
+        made = pictures(pixels)
+        if made[0].pixel_mean is broken.mean:
+            made[0].embeddings[5:] = torch.nan
+        return made
+
+    monkeypatch.setattr(model, "_ends", {*model._ends, 0})  # what is chosen where all is NaN
+    monkeypatch.setattr(model, "pictures", break_the_first)
+    broken, picture = model.pixels(open_picture(DATA / "rocket.jpg")), open_picture(DATA / "cat.jpg")
+    questions = ["Is there " + "really " * 15 + "a cat?", "Why?", "Where?", "Is it?"]
+    asked = iter([([0], broken), ([1, 2, 3], model.pixels(picture))])
+    flight, records = Flight(model, questions, asked, 4, Stages()), {}
+    while not flight.over:
+        records.update({record.row: record for record in flight.advance()})
+    assert records[0].error == "NonFiniteValues"
+    for row in (1, 2, 3):
+        [alone] = ask(model, [(picture, [questions[row]])])
+        assert records[row].answer == alone.answer
+        assert relative_difference(records[row], alone) < TOLERANCE
+
+
+def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeypatch):
+    picture = open_picture(DATA / "cat.jpg")
+    wide = "Tell me " + "very " * 700 + "much about it."
+    questions = ["Why?", wide, "Is there a cat in the image?", wide[:900], "Why?"]
+    alone = [ask(model, [(picture, [question])])[0] for question in questions]
+    assert len(model.question(wide)) > batch_room.WIDTH_STEP + extract_room.USUAL_QUESTION + TOKENS
+    monkeypatch.setattr(batch_room, "SCORES_AT_ONCE", 1 << 18)
+    widths: list[int] = []
+    begin = Batch.__init__
+    monkeypatch.setattr(
+        Batch,
+        "__init__",
+        lambda self, *given: widths.append(given[1].width) or begin(self, *given),
+    )
+    for found, wanted in zip(ask(model, [(picture, questions)], 3), alone, strict=True):
+        assert found.answer == wanted.answer
+        assert relative_difference(found, wanted) < TOLERANCE
+    assert widths[0] == widths[-1] < max(widths), "the rows after the wide one were to have a usual batch again"
+
+
+def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model, monkeypatch):
+    """It shows where the cache for them is made, and again with half of it."""
+    picture = open_picture(DATA / "cat.jpg")
+    wide = "Tell me " + "very " * 700 + "much about it."
+    questions = ["Why?", wide, wide, wide, "Where is it?"]
+    wanted = ask(model, [(picture, questions)])
+    sizes, make = [], Batch
+
+    def scant(decoder, size):
+        sizes.append(size)
+        if size.width > 1000 and size.seats > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(decoder, size)
+
+    monkeypatch.setattr(extract_room, "Batch", scant)
+    stages = Stages()
+    flight = Flight(model, questions, iter([(list(range(5)), model.pixels(picture))]), None, stages)
+    found = []
+    while not flight.over:
+        found += flight.advance()
+    for one, two in zip(sorted(found, key=lambda record: record.row), wanted, strict=True):
+        assert one.answer == two.answer
+    usual, wide_ones = ([size for size in sizes if (size.width > 1000) == wide] for wide in (False, True))
+    assert len(usual) == 2 and usual[0].seats == usual[1].seats, "before and after the long ones, of the same size"
+    seats, pages = [size.seats for size in wide_ones], [size.pages for size in wide_ones]
+    assert seats[-1] <= 8 < seats[0] and seats == sorted(seats, reverse=True)
+    assert pages[-1] < pages[0]
+    assert any(f"{seats[-1]} rows with long questions at most" in note for note in stages.notes)
+
+
+def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larger_one(
+    model, by_picture, expected, monkeypatch
+):
+    """Pages for one picture at a time, of the smaller ones."""
+    sizes = []
+
+    def scant(device, key_bytes, width, keys, seats, share):
+        sizes.append(CacheSize(max(PAGES_OF_A_SMALLER_ONE, -(-keys // PAGE)), 8, width))
+        return sizes[-1]
+
+    monkeypatch.setattr(extract_room, "size_cache", scant)
+    for row, found in ask_rows(model, list(by_picture.items()), 8):
+        assert_equals(model, found, expected[row["question_id"]])
+    assert len({size.pages for size in sizes}) > 1
+
+
+def test_a_run_that_is_to_stop_finishes_the_rows_under_way_and_begins_none(model, by_picture):
+    name, rows = max(by_picture.items(), key=lambda group: len(group[1]))
+    pixels = model.pixels(open_picture(DATA / name))
+    pictures = iter([(list(range(len(rows))), pixels)])
+    flight = Flight(model, [row["question"] for row in rows], pictures, 4, Stages())
+    records = []
+    while not flight.under_way:
+        records += flight.advance()
+    while flight.under_way:
+        records += flight.advance(begin=False)
+    assert len(records) == 4
+    assert not flight.over
+
+
+def test_pictures_of_several_sizes_are_seen_together_as_alone(model, monkeypatch):
+    """Crops with and without padding, of odd and even numbers of patches, in one pass of the vision tower."""
+    monkeypatch.setitem(extract_room.PATCHES_AT_ONCE, "cpu", 1 << 20)
+    noise = Image.effect_noise((900, 700), 90).convert("RGB")
+    sizes = [(448, 448), (640, 480), (470, 333), (1000, 123), (60, 900), (448, 450)]
+    pixels = [model.pixels(noise.resize(size)) for size in sizes]
+    odd = [int(mask[:, 0].sum()) % 2 or int(mask[0].sum()) % 2 for one in pixels for mask in one.mask]
+    assert any(odd)
+    for together, one in zip(model.pictures(pixels), pixels, strict=True):
+        [alone] = model.pictures([one])
+        assert torch.allclose(together.embeddings, alone.embeddings, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(together.vision_only, alone.vision_only, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_vision_tower_leaves_out_nobody_reads(model, reference):
+    """Pictures whose crops end within a pooled cell, and such as have little else than padding."""
+    noise = Image.effect_noise((900, 700), 90).convert("RGB")
+    for size in ((470, 333), (640, 480), (1000, 123), (60, 900), (455, 448)):
+        picture = noise.resize(size)
+        wanted = reference.row(picture, "Why?", 2)
+        assert int(needed_patches(model.pixels(picture).mask.bool()).sum()) < model.pixels(picture).mask.numel()
+        [found] = ask(model, [(picture, ["Why?"])])
+        assert isinstance(found, Extracted)
+        assert relative_error_of(found, wanted, model.layers) < TOLERANCE
+
+
+def relative_difference(found: Extracted, wanted: Extracted) -> float:
+    pairs = (found.vision_token, wanted.vision_token), (found.query_token, wanted.query_token)
+    return max(strict_error(*by_layer) for pair in pairs for by_layer in zip(*pair, strict=True))
+
+
+def relative_error_of(found: Extracted, wanted, layers: list[int]) -> float:
+    pairs = [(found.vision_only, wanted.vision_only)]
+    for index, layer in enumerate(layers):
+        pairs += [(found.vision_token[index], wanted.vision_token[layer])]
+        pairs += [(found.query_token[index], wanted.query_token[layer])]
+    return max(strict_error(*pair) for pair in pairs)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 2**16), st.floats(0, 40))
+def test_attention_over_parts_of_the_keys_joins_to_attention_over_all(parts, more, seed, sharpness):
+    """Also where one part's scores are far above the other's."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = sharpness * torch.randn(1, 2, 3, 8, generator=generator)
+    keys, values = torch.randn(2, 1, 2, sum(parts) + more, 8, generator=generator)
+    wanted = (queries @ keys.transpose(2, 3)).softmax(-1) @ values
+    most = max(parts)
+    pages = torch.zeros(2, len(parts), 2, most, 8)
+    unseen = torch.ones(len(parts), 1, 1, most, dtype=torch.bool)
+    start = 0
+    for index, count in enumerate(parts):
+        pages[:, index, :, :count] = torch.stack([keys, values])[:, 0, :, start : start + count]
+        unseen[index, :, :, :count] = False
+        start += count
+    each = attend_some(queries.expand(len(parts), -1, -1, -1), pages[0], pages[1], unseen, 1.0)
+    index = torch.arange(len(parts))[None]
+    first = gather(each, torch.cat([index, index], dim=1), torch.tensor([[True] * len(parts) + [False] * len(parts)]))
+    own = keys[:, :, start:], values[:, :, start:]
+    second = attend_some(queries, *own, torch.zeros(1, 1, 1, more, dtype=torch.bool), 1.0)
+    assert torch.allclose(join(Partial(*first), second), wanted, atol=1e-4)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 2**16), st.booleans())
+def test_every_row_finds_its_picture_and_every_page_its_rows(pictures, seed, padded):
+    chance = random.Random(seed)
+    free = list(range(40))
+    chance.shuffle(free)
+    prefixes = []
+    for _ in range(5):
+        length = chance.randint(1, 4 * PAGE)
+        prefixes.append(Prefix([free.pop() for _ in range(-(-length // PAGE))], length, chance.random() < 0.5))
+    rows = [prefixes[number] for number in pictures]
+
+    def grown(count: int) -> int:
+        return 1 << (count - 1).bit_length() if padded else count
+
+    company, pages = arrange(rows, 40 if padded else None, grown(len(rows)), grown)
+    for row, prefix in enumerate(rows):
+        picture = int(company.picture[row])
+        assert int(company.rows[picture, company.place[row]]) == row
+        found = company.parts[picture][company.there[picture]]
+        assert [pages[index] for index in found] == prefix.pages
+        assert (company.picture_of_page[found] == picture).all()
+        assert int((~company.unseen[found]).sum()) == prefix.length == int(company.length[row])
+        assert bool(company.long[row]) == prefix.long
+
+
+@given(st.integers(0, 1 << 38), st.integers(1 << 10, 1 << 18), st.integers(1, 10_000), st.integers(0, 10_000))
+def test_a_cache_found_from_the_free_memory_fits_into_it_and_takes_what_must_fit(free, key_bytes, width, keys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_room, "free_memory", lambda device: free)
+        size = size_cache(torch.device("cpu"), key_bytes, width, keys, None)
+    assert size.width >= width and size.pages * PAGE >= keys and size.seats >= 1
+    least = size.seats == 1 or size.pages == -(-keys // PAGE)
+    assert least or key_bytes * (size.seats * size.width + size.pages * PAGE) <= free

@@ -1,0 +1,567 @@
+"""Checkpoints as users have them: both layouts, the hub's cache, every number format; and those that are refused."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, TOKENS, arguments_for, command, merge, run, table_rows, write_table
+from tests.helpers import flash_stand_in
+from tests.helpers.original_layout import VISION_PATTERN, edit_json, edit_weights, weights_of
+from tests.helpers.reference import cosine
+from tests.system.test_refusals import ADAPTERS, refused
+from tests.unit.models.test_model import ask, load
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.cli.options import MODEL
+from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.errors import Refused
+from vqa_embeddings.layers.device import Device, _no_flash_package, choose_attention, choose_dtype
+from vqa_embeddings.models import checkpoint as checkpoints
+from vqa_embeddings.models.checkpoint import find_checkpoint
+from vqa_embeddings.models.hub import NATIVE_REVISION
+from vqa_embeddings.models.phi4mm.formats import IMAGE_TOKENS
+from vqa_embeddings.models.phi4mm.weights import _load_image_processor, load_model
+
+PART = "phi4_multimodal_embeddings_part_001.h5"
+
+
+def contents(part: Path) -> dict[str, tuple]:
+    """All of a part but its attributes: names, types, shapes, and the values' bytes."""
+    found = {}
+
+    def see(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        found[name] = (item.dtype, item.shape, np.asarray(item[()]).tobytes()) if isinstance(item, h5py.Dataset) else ()
+
+    with h5py.File(part) as file:
+        file.visititems(see)
+    return found
+
+
+def test_both_layouts_of_a_checkpoint_give_the_same_parts(tmp_path, checkpoint, original):
+    for name, folder in (("native", checkpoint), ("original", original)):
+        done = run(command(0, *arguments_for(DATA / "vqa.csv", folder), "--output-dir", tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        assert merge(tmp_path / name).returncode == 0
+    parts = [contents(tmp_path / name / PART) for name in ("native", "original")]
+    assert len(parts[0]) > 31 * 15
+    assert parts[0] == parts[1]
+    with h5py.File(tmp_path / "original" / PART) as part:
+        assert (part.attrs["layout"], part.attrs["model_name"]) == ("original", str(original))
+
+
+def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
+    models = [
+        load_model(find_checkpoint(str(p), None, p), "cpu", "float32", "sdpa", "merged") for p in (checkpoint, original)
+    ]
+    (native, *_), (renamed, tokenizer, image_processor) = models
+    for (name, tensor), (other_name, other) in zip(
+        native.state_dict().items(), renamed.state_dict().items(), strict=True
+    ):
+        assert name == other_name and torch.equal(tensor, other)
+    assert renamed.config.vision_config.image_token_id == tokenizer.convert_tokens_to_ids("<|endoftext10|>")
+    assert image_processor.dynamic_hd == 36
+
+
+def overwrite_preprocessor(folder: Path, **settings: object) -> None:
+    """As fine-tunes are saved: the audio extractor's settings over the pictures', which stand in the other file."""
+    audio = {"feature_extractor_type": "Phi4MultimodalFeatureExtractor", "sampling_rate": 16000, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(audio))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings, "audio_processor": audio}))
+
+
+def test_pictures_are_prepared_as_the_checkpoint_says_in_both_layouts(copy):
+    from transformers import Phi4MultimodalImageProcessor
+
+    settings = {"dynamic_hd": 4, "image_mean": [0.1, 0.2, 0.3], "image_std": 0.25, "do_rescale": True}
+    overwrite_preprocessor(copy, **settings)
+    found = find_checkpoint(str(copy), None, copy)
+    assert (found.pictures.crops, found.pictures.crops_from) == (4, "processor_config.json (image_processor)")
+    picture = [open_picture(DATA / "cat.jpg").resize((1000, 1000))]
+    made = _load_image_processor(found)(images=picture, return_tensors="pt")
+    wanted = Phi4MultimodalImageProcessor(**{**settings, "image_std": [0.25] * 3})(images=picture, return_tensors="pt")
+    assert made["image_pixel_values"].shape[1] == 5  # nine without the setting, and the global view
+    for name in wanted:
+        assert torch.equal(torch.as_tensor(made[name]), torch.as_tensor(wanted[name]))
+
+
+def test_settings_of_pictures_that_no_picture_can_have_are_refused_before_any_row(copy):
+    overwrite_preprocessor(copy, image_mean=[0.5, 0.5])
+    with pytest.raises(Refused, match="cannot be loaded: "):
+        load(copy)
+
+
+def test_an_answer_ends_where_either_file_of_the_checkpoint_says(copy):
+    """One of them used to be asked, and the other one only where that said nothing."""
+    asked = [(open_picture(DATA / "cat.jpg"), ["Why?"])]
+    whole = load(copy)
+    written = []
+    whole.text = lambda tokens: str(written.append(list(tokens)))
+    ask(whole, asked)
+    end, *more = written[0]
+    assert more, "this answer shows nothing"
+    for file in ("config.json", "generation_config.json"):
+        before = (copy / file).read_text()
+        edit_json(copy / file, eos_token_id=end)
+        engine = load(copy)
+        assert engine._ends >= {end, engine._tokenizer.convert_tokens_to_ids("<|end|>")}
+        [found] = ask(engine, asked)
+        assert found.answer == engine.text([end])
+        (copy / file).write_text(before)
+
+
+def reverse_flags(folder: Path, tokens: list[str], *flags: str) -> None:
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text())
+    for token in description["added_tokens"]:
+        if token["content"] in tokens:
+            token.update({flag: not token[flag] for flag in flags})
+    path.write_text(json.dumps(description))
+
+
+SPACED = ["Why?", "  Why?", "Why? ", "\n\tWhy?\u00a0 ", " "]
+
+
+def test_white_space_around_a_question_is_what_the_native_layout_makes_of_it(checkpoint, original, tmp_path):
+    """Whatever the flags of the original layout's tokens are: the same tokens, the same vectors and answers."""
+    copy = shutil.copytree(original, tmp_path / "model")
+    tokens = [IMAGE_TOKENS["original"], "<|user|>", "<|end|>", "<|assistant|>"]
+    reverse_flags(copy, tokens, "rstrip", "lstrip", "normalized", "single_word")
+    native, other = load(checkpoint), load(copy)
+    assert [other.question(text) for text in SPACED] == [native.question(text) for text in SPACED]
+    assert len({tuple(native.question(text)) for text in SPACED}) == len(SPACED), "otherwise this shows nothing"
+    asked = [(open_picture(DATA / "cat.jpg"), SPACED)]
+    for found, wanted in zip(ask(other, asked), ask(native, asked), strict=True):
+        assert found.answer == wanted.answer
+        for name in ("vision_only", "vision_token", "query_token"):
+            assert np.array_equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_a_native_tokenizer_with_other_flags_is_followed_as_the_library_follows_it(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    reverse_flags(copy, [IMAGE_TOKENS["native"]], "rstrip")
+    reverse_flags(copy, ["<|end|>"], "lstrip")
+    model = load(copy)
+    for text in SPACED:
+        whole = model._tokenizer(f"<|user|><|image|>{text}<|end|><|assistant|>")["input_ids"]
+        assert whole == model._head + model.question(text)
+    assert model.question("  Why? ") == model.question("Why?")
+
+
+def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    edit_json(copy / "config.json", vision_config=None)
+    found = find_checkpoint(str(copy), None, copy)
+    assert found.vision_size == 1152
+    with pytest.raises(Refused, match=r"extensor is of size \[1, 1, 32\], its config.json asks for \[1, 1, 1152\]"):
+        load_model(found, "cpu", "float32", "sdpa", "merged")
+
+
+def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
+    path = copy / "tokenizer.json"
+    description = json.loads(path.read_text())
+    one_by_one = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [one_by_one, description["pre_tokenizer"]]}
+    path.write_text(json.dumps(description))
+    edit_json(copy / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    _, tokenizer, _ = load_model(find_checkpoint(str(copy), None, copy), "cpu", "float32", "sdpa", "merged")
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == description["pre_tokenizer"]
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ABSENT = {"image_id": "missing.jpg"}  # so that a run needs no time
+
+
+def fill_cache(cache: Path, checkpoint: Path, revision: str = NATIVE_REVISION, commit: str = COMMIT) -> Path:
+    """Lay a checkpoint into a cache as the hub's library does. Returns its snapshot."""
+    repository = cache / f"models--{MODEL.replace('/', '--')}"
+    ref = repository / "refs" / revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(commit)
+    return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
+
+
+def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path, checkpoint):
+    """From a cache that was filled before, as on a cluster's nodes without a network."""
+    fill_cache(tmp_path / "cache", checkpoint)
+    rows = [{**row, **ABSENT} for row in table_rows()[:1]]
+    inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
+    inputs += ["--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out"]
+    done = run(command(0, *inputs))
+    assert done.returncode == 0, done.stderr
+    assert "crops: 36 a picture at most, by processor_config.json (image_processor); " in done.stdout
+    assert "; end tokens: <|endoftext|> (512), <|end|> (516)\n" in done.stdout
+    described = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (described["model"], described["revision"], described["layout"]) == (MODEL, COMMIT, "native")
+    held = f"looked in {tmp_path / 'cache'} (which has {NATIVE_REVISION}); --revision takes one"
+    refused(*inputs, "--revision", "main", saying=held)
+
+
+def test_without_cache_dir_the_hubs_own_cache_is_used_and_named_where_it_lacks_the_model(
+    tmp_path, checkpoint, monkeypatch
+):
+    """The real command, on a node without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging face"))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    hubs = tmp_path / "hugging face" / "hub"
+    rows = [{**row, **ABSENT} for row in table_rows()[:1]]
+    inputs = ["--vqa-dataset", write_table(tmp_path / "vqa.csv", rows), "--images-dir", DATA]
+    fill_cache(hubs, checkpoint, "main", COMMIT[::-1])
+    refused(*inputs, saying=f"looked in model_cache and in {hubs} (which has main); --revision takes one")
+    fill_cache(hubs, checkpoint)
+    done = run(command(0, *inputs, "--plan"))
+    assert done.returncode == 0, done.stderr
+    assert f"model: {MODEL} (native layout, " in done.stdout
+    assert not (tmp_path / "model_cache").exists()
+
+
+@pytest.fixture
+def two_caches(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """This program's own cache and the hub library's, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "model_cache", tmp_path / "hub"
+
+
+def test_a_model_that_an_earlier_run_downloaded_is_not_downloaded_again(two_caches, checkpoint, monkeypatch):
+    own, _ = two_caches
+    monkeypatch.setenv("HF_HOME", str(own.parent))
+    snapshot = fill_cache(own, checkpoint)
+    assert find_checkpoint(MODEL, None, None).folder.resolve() == snapshot
+
+
+@pytest.mark.parametrize("named", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", None])
+def test_a_new_model_goes_to_the_hubs_cache_where_the_environment_names_one(two_caches, monkeypatch, named):
+    own, hubs = two_caches
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv(named, str(hubs))
+    asked = []
+
+    def snapshot_download(model: str, **how: Any) -> None:
+        asked.append(how)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(Refused, match="no network; looked in model_cache and in "):
+        find_checkpoint(MODEL, None, None)
+    assert asked[-1]["cache_dir"].resolve() == (hubs if named else own)
+    assert [how["local_files_only"] for how in asked] == [True, True, False]
+
+
+@pytest.mark.parametrize("lacking", ["model.safetensors", None])
+def test_a_download_that_was_cut_off_does_not_hide_a_whole_one(two_caches, checkpoint, lacking):
+    own, hubs = two_caches
+    first, second = fill_cache(own, checkpoint), fill_cache(hubs, checkpoint)
+    if lacking:
+        (first / lacking).unlink()
+    assert find_checkpoint(MODEL, None, None).folder.resolve() == (second if lacking else first)
+
+
+COSINE = 0.999
+
+
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, expected, dtype, lora):
+    engine = load(checkpoint, lora, dtype=dtype, tokens=1)
+    for image_id in ("coffee.jpg", "astronaut.jpg"):
+        rows = [row for row in table_rows() if row["image_id"] == image_id]
+        found = ask(engine, [(open_picture(DATA / image_id), [row["question"] for row in rows])])
+        for row, answer in zip(rows, found, strict=True):
+            wanted = expected[row["question_id"]]
+            assert cosine(answer.vision_only, wanted.vision_only) > COSINE
+            for index, layer in enumerate(engine.layers):
+                assert cosine(answer.query_token[index], wanted.query_token[layer]) > COSINE
+                assert cosine(answer.vision_token[index], wanted.vision_token[layer]) > COSINE
+
+
+def test_merging_rounds_once(checkpoint):
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    lora = load_file(checkpoint / "vision-lora" / "adapter_model.safetensors")
+    found = find_checkpoint(str(checkpoint), None, checkpoint)
+    model, *_ = load_model(found, "cpu", "bfloat16", "sdpa", "merged")
+    twice_differs = False
+    for name, parameter in model.named_parameters():
+        exact = weights[name]
+        assert parameter.dtype == torch.bfloat16
+        if name.replace("weight", "lora_A.weight") in lora:
+            a, b = (lora[name.replace("weight", f"lora_{matrix}.weight")] for matrix in "AB")
+            twice_differs |= not torch.equal((exact.bfloat16().float() + 2 * (b @ a)).bfloat16(), parameter)
+            exact = exact + 2 * (b @ a)
+        # The product's own summation order may move a value over a rounding edge; a second rounding moves many.
+        assert (parameter == exact.bfloat16()).float().mean() > 0.999
+    assert twice_differs, "otherwise this shows nothing"
+
+
+CPU = Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
+GPU = Device("cuda:0", "a GPU", bfloat16=True, no_flash="")
+OLD_GPU = Device("cuda:0", "an old GPU", bfloat16=False, no_flash="flash-attn needs compute capability 8.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "dtype", "attention"),
+    [
+        (CPU, "auto", "float32", "sdpa"),
+        (CPU, "bfloat16", "bfloat16", "sdpa"),
+        (GPU, "auto", "bfloat16", "flash_attention_2"),
+        (GPU, "float32", "float32", "sdpa"),
+        (OLD_GPU, "auto", "float16", "sdpa"),
+        (Device("cuda:0", "a GPU", True, "flash-attn is not installed"), "auto", "bfloat16", "sdpa"),
+    ],
+)
+def test_what_is_chosen_suits_the_device_and_says_why(device, asked, dtype, attention):
+    chosen = choose_dtype(asked, device)
+    kernels = choose_attention("auto", chosen.value, device)
+    assert (chosen.value, kernels.value) == (dtype, attention)
+    assert chosen.reason and kernels.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CPU, "bfloat16", "flash-attn needs a GPU; use sdpa"),
+        (OLD_GPU, "float16", "needs compute capability 8.0; use sdpa"),
+        (GPU, "float32", "computes in float16 or bfloat16 only; use sdpa"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused_with_the_reason(device, dtype, reason):
+    with pytest.raises(Refused, match=reason):
+        choose_attention("flash_attention_2", dtype, device)
+
+
+def test_a_format_that_the_device_lacks_is_refused():
+    with pytest.raises(Refused, match="an old GPU has none; use float16 or float32"):
+        choose_dtype("bfloat16", OLD_GPU)
+
+
+def test_a_flash_attn_built_for_another_torch_is_not_chosen(tmp_path, monkeypatch):
+    assert _no_flash_package() == "flash-attn is not installed"
+    monkeypatch.syspath_prepend(tmp_path)
+    for fault in ("ImportError('undefined symbol')", "OSError('libcudart.so.12: cannot open shared object file')"):
+        (tmp_path / "flash_attn.py").write_text(f"raise {fault}")
+        assert _no_flash_package().startswith("flash-attn is installed but cannot be imported (")
+        importlib.invalidate_caches()
+
+
+def test_a_flash_attn_that_the_library_does_not_take_is_not_chosen(monkeypatch):
+    """Asked for its kernels all the same, it would look for others to download."""
+    flash_stand_in.install(monkeypatch)
+    assert _no_flash_package() == "transformers does not take this flash-attn for version 2"
+
+
+def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
+    """Its small half, here. Where there is a GPU, check.sh without --quick does the rest."""
+    done = check_gpu("--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " stages are right, 0 off, " in done.stdout
+    assert "5 of 5 cases are right" in done.stdout or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_check_for_a_gpu_says_in_a_sentence_what_it_lacks(tmp_path):
+    alone = check_gpu("graphs")
+    assert alone.returncode == 2
+    assert re.fullmatch(r"error: found no CUDA GPU \(.*\); expected one; use .* --quick, .*\n", alone.stderr)
+    (tmp_path / "h5py-3.0.dist-info").mkdir()
+    (tmp_path / "h5py-3.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: h5py\nVersion: 3.0\n")
+    old = check_gpu("--quick", PYTHONPATH=str(tmp_path))
+    found = "error: found h5py 3.0; expected >=3.12.1; pip install 'h5py>=3.12.1'\n"
+    assert (old.returncode, old.stdout, old.stderr) == (2, "", found)
+    strange = check_gpu("--quick", "everything")
+    assert strange.returncode == 2 and "found the stage everything; expected some of graphs, " in strange.stderr
+
+
+def check_gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "tests" / "gpu" / "check.sh"
+    return run(["bash", str(script), *arguments], PYTHON=sys.executable, **environment)
+
+
+# --- refused, in both layouts --------------------------------------------------------------------------------------
+
+
+def asked_of(folder: Path) -> list[object]:
+    return [*arguments_for(DATA / "vqa.csv", folder), "--output-dir", folder.parent / "out"]
+
+
+def test_truncated_weights_are_refused(copy):
+    weights = weights_of(copy)[-1]
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused(*asked_of(copy), saying="not a whole safetensors file")
+
+
+def test_weights_that_are_not_there_are_refused(copy):
+    weights_of(copy)[-1].rename(copy / "pytorch_model.bin")
+    refused(*asked_of(copy), saying="(found pytorch_model.bin, which is not read); expected the weights as safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "saying"),
+    [
+        ("model.norm.weight", "model-00003-of-00002.safetensors", "holds no model-00003-of-00002.safetensors"),
+        ("model.norm.weight", "../checkpoint/model-00001-of-00002.safetensors", "expected file names beside it"),
+        ("model.more.weight", "model-00001-of-00002.safetensors", "lacks model.more.weight, which"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(original, tmp_path, name, file, saying):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    index["weight_map"][name] = file
+    (copy / checkpoints.INDEX).write_text(json.dumps(index))
+    refused(*asked_of(copy), saying=saying)
+
+
+def test_weights_in_one_file_beside_an_index_are_refused(original, checkpoint, tmp_path):
+    """The library would load the one file, and what was checked is the other."""
+    copy = shutil.copytree(original, tmp_path / "model")
+    shutil.copy(checkpoint / checkpoints.WEIGHTS, copy)
+    refused(*asked_of(copy), saying="holds both model.safetensors and model.safetensors.index.json")
+
+
+def test_a_file_without_permission_is_refused(copy, monkeypatch):
+    """In this process, since tests may run as root, who may read everything."""
+    weights, really_open = weights_of(copy)[0], open
+
+    def forbidden(path: object, *arguments: object) -> object:
+        if path == weights:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, *arguments)
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(Refused, match=r"cannot be read \(.*Permission denied.*\); check its permissions and links"):
+        find_checkpoint(str(copy), None, copy)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").mkdir()
+    refused(*asked_of(copy), saying="holds no tokenizer.json")
+
+
+def test_an_index_without_metadata_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    (copy / checkpoints.INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    refused(*asked_of(copy), saying='add "metadata": {} to it')
+
+
+def test_a_tensor_too_few_is_refused(copy):
+    edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"})
+    refused(*asked_of(copy), saying="lacks 1 tensors of the model, the first model.norm.weight")
+
+
+def test_a_tensor_without_a_place_is_refused(copy):
+    """As of a model whose projections have biases: without them it would be another one."""
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    edit_weights(copy, lambda tensors: {**tensors, bias: torch.ones(96)})
+    refused(*asked_of(copy), saying=f"no place for, the first {bias}")
+
+
+def test_quantised_weights_are_refused(copy):
+    name = "model.norm.weight"
+    edit_weights(copy, lambda t: {**t, name: t[name].to(torch.int8)} if name in t else t)
+    refused(*asked_of(copy), saying="is quantised (weights of format I8); expected weights of F16, BF16, F32")
+
+
+def test_settings_for_quantising_are_refused(copy):
+    edit_json(copy / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    refused(*asked_of(copy), saying="is quantised (quantization_config in config.json)")
+
+
+@pytest.mark.parametrize(
+    ("token", "saying"),
+    [
+        ("<|end|>", {"native": "has no special token <|end|>", "original": "has no special token <|end|>"}),
+        (
+            "image",
+            {"native": "image token is 519, the config's is 513", "original": "no special token <|endoftext10|>"},
+        ),
+    ],
+)
+def test_a_tokenizer_without_the_prompts_tokens_is_refused(copy, token, saying):
+    if token == "image":
+        token = IMAGE_TOKENS[copy.name]
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace(token, "<|other|>"))
+    refused(*asked_of(copy), saying=saying[copy.name])
+
+
+def test_an_end_token_that_only_the_tokenizers_settings_name_is_refused(copy):
+    """The library would give it a new id, which no answer ends with."""
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|end|>", "<|other|>"))
+    edit_json(copy / "tokenizer_config.json", extra_special_tokens=["<|end|>"])
+    with pytest.raises(Refused, match=r"has no special token <\|end\|>"):
+        load(copy)
+
+
+def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    edit_json(copy / "config.json", vision_lora={"r": 8})
+    refused(*asked_of(copy), saying="gives no vision_lora with r, lora_alpha and layer")
+
+
+def test_a_vision_lora_of_no_weight_is_refused(copy):
+    edit_json(copy / "config.json", vision_lora={"r": 8, "lora_alpha": 0, "layer": VISION_PATTERN})
+    if copy.name == "native":
+        edit_json(copy / "vision-lora" / "adapter_config.json", lora_alpha=0)
+    refused(*asked_of(copy), saying="of no effect in model.layers.0.")
+
+
+def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(copy):
+    """The library would follow it to the base model that it names."""
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}')
+    refused(*asked_of(copy), saying="holds an adapter_config.json of its own")
+
+
+@pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size", "not finite"])
+def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, tmp_path, kind):
+    change, saying = ADAPTERS[kind]
+    copy = shutil.copytree(original, tmp_path / "model")
+
+    def of_vision(tensors: dict) -> dict:
+        ours = {name for name in tensors if ".lora_" in name and ".vision." in name}
+        lora = {name.replace(".vision.", "."): tensors[name] for name in sorted(ours)}
+        rest = {name: t for name, t in tensors.items() if name not in ours}
+        return rest | {name.replace(".weight", ".vision.weight"): t for name, t in change(lora).items()}
+
+    edit_weights(copy, of_vision)
+    refused(*asked_of(copy), saying=saying)
+
+
+def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(checkpoint, original, tmp_path):
+    """Its settings are written one level lower than in the native layout, and its names have peft's prefix."""
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(original, tmp_path / "model")
+    edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if ".lora_" not in name})
+    adapter = shutil.copytree(checkpoint / "vision-lora", copy / "vision-lora")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": VISION_PATTERN}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    prefixed = {name.replace("model.layers", "base_model.model.layers"): t for name, t in tensors.items()}
+    save_file(prefixed, adapter / "adapter_model.safetensors")
+    picture, question = open_picture(DATA / "cat.jpg"), ["Why?"]
+    [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), [(picture, question)]) for folder in (copy, checkpoint))
+    assert found.answer == wanted.answer
+    assert np.array_equal(found.query_token, wanted.query_token)

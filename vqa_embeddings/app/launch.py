@@ -1,0 +1,142 @@
+"""The start of a launch: what there is to do, agreed upon by all its ranks before any of them begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from vqa_embeddings.base.file_names import from_disk
+from vqa_embeddings.base.files import copy_file, new_csv
+from vqa_embeddings.cli.options import ExtractOptions
+from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
+from vqa_embeddings.cluster.world import World, from_rank_zero, new_launch, read_array_slice
+from vqa_embeddings.data.picture_folder import PictureFolder
+from vqa_embeddings.data.table import Table, read_rows, read_table, sample, select
+from vqa_embeddings.layers.device import Choice, Device, versions
+from vqa_embeddings.models.checkpoint import Checkpoint
+from vqa_embeddings.store.catalog import look
+from vqa_embeddings.store.run import SHARDS_FOLDER, Run, known_columns
+
+TEST_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What an output folder holds of a run, and what is left: what all ranks of a launch have to agree on."""
+
+    launch: str  # name of the launch
+    extracted: int  # rows
+    failed: int  # rows
+    truncated: int  # rows that were extracted on pictures that are cut off
+    pending: np.ndarray  # bool [n], the rows that this and other launches are still to do
+
+    def to_bytes(self) -> bytes:
+        """As it goes from rank to rank."""
+        counts = {name: getattr(self, name) for name in ("launch", "extracted", "failed", "truncated")}
+        return json.dumps(counts).encode() + b"\n" + pack(self.pending)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, rows: int) -> Stock:
+        """The inverse of `to_bytes`, of a table of so many rows."""
+        counts, _, pending = data.partition(b"\n")
+        return cls(**json.loads(counts), pending=unpack(pending, rows))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as one of its ranks sees it."""
+
+    stock: Stock
+    slice: tuple[int, int]
+    slice_rows: int  # rows of the table in the slice
+    slice_pending: int  # of them, those that this launch is to do
+    pictures: np.ndarray  # int64 [n], the picture of each row
+    rows: np.ndarray  # int64 [m], the rows of this rank, picture after picture
+
+
+def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[[Path], object]]:
+    """The table to extract, its pictures, and what writes it as a CSV: as it was, or the three rows of `--test`.
+
+    Raises:
+        Refused: the CSV or the picture folder cannot be used.
+    """
+    path, images = options.vqa_dataset, options.images_dir
+    assert path is not None and images is not None  # parse_extract and demo_options see to it
+    folder = PictureFolder(images)
+    table = read_table(path, known_columns(options.output_dir), folder.find)
+    if not options.test:
+        return table, folder, lambda target: copy_file(path, target)
+    chosen = sample(len(table), TEST_ROWS)
+
+    def write_sample(target: Path) -> None:
+        header, rows = read_rows(path)
+        with new_csv(target, header) as add:
+            for position, row in enumerate(islice(rows, chosen[-1] + 1)):
+                if position in chosen:
+                    add(row)
+
+    return select(table, chosen), folder, write_sample
+
+
+def describe_run(
+    options: ExtractOptions, table: Table, checkpoint: Checkpoint, device: Device, dtype: Choice, attention: Choice
+) -> Run:
+    """The run that these options ask for."""
+    return Run(
+        rows=len(table),
+        rows_sha256=table.fingerprint(),
+        model=from_disk(checkpoint.name).encode(errors="backslashreplace").decode(),  # an attribute of every part
+        revision=checkpoint.revision,
+        model_sha256=checkpoint.fingerprint,
+        layout=checkpoint.layout,
+        lora=options.lora,
+        dtype=dtype.value,
+        attn_implementation=attention.value,
+        layers=checkpoint.layers,
+        max_new_tokens=options.max_new_tokens,
+        pixel_mean=options.pixel_mean,
+        hidden_size=checkpoint.hidden_size,
+        vision_size=checkpoint.vision_size,
+        device=device.kind,
+        versions=versions(),
+        images_dir=from_disk(options.images_dir.resolve()) if options.images_dir else "",
+        columns=dict(table.columns.names),
+    )
+
+
+def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Launch:
+    """Agree on the launch's name and on what is still to do, and take this rank's share of it.
+
+    Only rank 0 reads what the folder holds: what the others would read a moment later might differ, and with it
+    their shares.
+    """
+    if options.plan:  # which is said by one rank, and writes nothing
+        return share(options, world, take_stock(options, run, table), table)
+    shards = options.output_dir / SHARDS_FOLDER
+    data = from_rank_zero(world, shards, lambda: take_stock(options, run, table).to_bytes())
+    return share(options, world, Stock.from_bytes(data, len(table)), table)
+
+
+def take_stock(options: ExtractOptions, run: Run, table: Table) -> Stock:
+    """See what the output folder holds, and what is to do."""
+    holdings = look(options.output_dir, run, table)
+    coverage = holdings.coverage()
+    pending = coverage.failed if options.retry_failed else coverage.missing
+    extracted, failed, truncated = (
+        int(rows.sum()) for rows in (coverage.extracted, coverage.failed, holdings.truncated(coverage))
+    )
+    return Stock(new_launch(), extracted, failed, truncated, pending)
+
+
+def share(options: ExtractOptions, world: World, stock: Stock, table: Table) -> Launch:
+    """What this rank is to do of it."""
+    part = options.slice or read_array_slice() or (0, 1)
+    pictures = table.pictures()
+    inside, rows = share_rows(pictures, stock.pending, part, world.rank, world.size, world.can_agree)
+    todo = int(np.count_nonzero(inside & stock.pending))
+    return Launch(stock, part, int(np.count_nonzero(inside)), todo, pictures, rows)

@@ -1,0 +1,132 @@
+"""How far a launch is: one bar for all its ranks, shown by the main process, and lines where no terminal is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from vqa_embeddings.cluster.world import World
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.store.heartbeat import PACE_FILE, WRITE_SECONDS, PaceWriter, read_latest
+from vqa_embeddings.store.run import shard_folder
+
+BAR_SECONDS = 0.5  # between two looks of the bar in a terminal
+FIRST_LINE_SECONDS, LINE_SECONDS = 1.0, 60.0  # in a log: the first line soon, the next twice as late, up to a minute
+LINE_FORMAT = "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+RANKS_A_SECOND = 20  # whose files the main process reads for the bar
+
+
+class Progress:
+    """Counts the rows of this rank, tells the others by a file, and shows at the main process those of all."""
+
+    def __init__(self, world: World, folder: Path, launch: str, rows: int, rows_of_all: int) -> None:
+        """Begin with nothing done.
+
+        Args:
+            folder: the output folder.
+            launch: name of the launch.
+            rows: that this rank is to do.
+            rows_of_all: that all its ranks are.
+        """
+        self._done = self._failed = 0
+        self._pace = PaceWriter(folder, launch, world.rank, rows)
+        together = world.size > 1 and world.can_agree
+        self._bar = _Bar(rows_of_all if together else rows) if world.main else None
+        others = [rank for rank in range(world.size) if rank != world.rank] if together and world.main else []
+        self._others = _Others([shard_folder(folder, launch, rank) / PACE_FILE for rank in others])
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._others.stop()
+        self._pace.update(self._done, self._failed, last=True)
+        if self._bar:
+            self._bar.show(*self._of_all(), last=True)
+
+    def update(self, records: Sequence[Extracted | Failed]) -> None:
+        """Count the records that a unit of work has finished."""
+        self._done += len(records)
+        self._failed += sum(isinstance(record, Failed) for record in records)
+        self._pace.update(self._done, self._failed)
+        if self._bar:
+            self._bar.show(*self._of_all())
+
+    def _of_all(self) -> tuple[int, int]:
+        return self._done + self._others.done, self._failed + self._others.failed
+
+
+class _Others:
+    """What the other ranks have done, looked up in a thread: a slow file server must not keep this rank waiting."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.done = self.failed = 0
+        self._paths = paths
+        self._stopped = threading.Event()
+        if paths:
+            threading.Thread(target=self._look, name="progress", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _look(self) -> None:
+        pause = max(WRITE_SECONDS, len(self._paths) / RANKS_A_SECOND) / 2
+        while not self._stopped.wait(pause):
+            done, failed = zip(*map(read_latest, self._paths), strict=True)
+            self.done, self.failed = sum(done), sum(failed)
+
+
+class _Bar:
+    """A bar in a terminal, or lines in a log."""
+
+    def __init__(self, rows: int) -> None:
+        self._lines = not sys.stderr.isatty()
+        self._pause = FIRST_LINE_SECONDS if self._lines else BAR_SECONDS
+        self._next = time.monotonic() + self._pause
+        form = {"bar_format": LINE_FORMAT} if self._lines else {"dynamic_ncols": True}
+        stream = _Errors(self._lines)
+        self._bar = tqdm(total=rows, unit=" rows", file=stream, mininterval=0, miniters=1, smoothing=0.05, **form)
+
+    def show(self, done: int, failed: int, last: bool = False) -> None:
+        """Show it, unless it was shown a moment ago and is not the last time."""
+        if not last and time.monotonic() < self._next:
+            return
+        self._bar.set_postfix_str(f"{failed} failed" if failed else "", refresh=False)
+        if last:
+            self._bar.n = done
+            self._bar.close()  # which shows it
+            return
+        self._bar.update(done - self._bar.n)
+        self._pause = min(2 * self._pause, LINE_SECONDS) if self._lines else BAR_SECONDS
+        self._next = time.monotonic() + self._pause
+
+
+class _Errors:
+    """Standard error, for tqdm. Where nobody can see it, as on a full disk of logs, the work goes on all the same."""
+
+    def __init__(self, lines: bool) -> None:
+        self._lines = lines
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        if self._lines:
+            text = text.strip()
+            text = text and text + "\n"
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""The command lines: parsed and checked before anything slow."""

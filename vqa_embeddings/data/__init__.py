@@ -1,0 +1,1 @@
+"""What users bring: the table of questions and the pictures, read as they meant them."""

@@ -1,0 +1,1 @@
+"""The family of Phi-4-multimodal."""

@@ -1,0 +1,1 @@
+"""`report.html`: what was extracted, at a glance."""

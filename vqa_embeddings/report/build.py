@@ -1,0 +1,208 @@
+"""`report.html`: what was extracted, at a glance, in one file that needs no network. Written by the merge.
+
+Of a large run it shows a sample: stretches of neighbouring rows, spread evenly over the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqa_embeddings import __version__
+from vqa_embeddings.base.file_names import to_disk
+from vqa_embeddings.base.files import publish_text
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.errors import one_line
+from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.report.agreement import OTHER, YES_NO, agrees, count_yes_no
+from vqa_embeddings.report.charts import draw_norms, draw_states, draw_throughput, project
+from vqa_embeddings.report.page import Answer, Failure, Page
+from vqa_embeddings.report.thumbnails import make_thumbnails
+from vqa_embeddings.store.catalog import Holdings
+from vqa_embeddings.store.coverage import Coverage
+from vqa_embeddings.store.heartbeat import Pace, read_paces
+from vqa_embeddings.store.run import Run
+
+REPORT_FILE = "report.html"
+SAMPLE, STRETCHES = 500, 20  # rows that are looked at, in so many stretches
+SHOWN = 24  # answers that are shown
+STRIPES = 200  # of the strip over the table
+TOKENS = ("query_token", "vision_token")
+EXAMPLES = 3  # of each reason for which rows failed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the extracted rows."""
+
+    records: Sequence[Extracted]
+    agreement: Sequence[bool | None]
+
+
+def write_report(
+    folder: Path,
+    holdings: Holdings,
+    coverage: Coverage,
+    failures: Mapping[int, Failed],
+    summary: Mapping[str, object],
+    read: Callable[[np.ndarray], list[Extracted]],
+) -> None:
+    """Write the report, unless the one that is there says the same.
+
+    Args:
+        failures: why rows failed, by row.
+        summary: what `coverage.json` says.
+        read: reads the records of rows, int64 `[m]`.
+    Raises:
+        StorageFailed: it cannot be written.
+    """
+    paces = read_paces(folder)
+    key = _key(holdings.run, summary, paces)
+    path = folder / REPORT_FILE
+    if not _is_there(path, key):
+        publish_text(path, _make_page(holdings, coverage, failures, summary, paces, read).html(key))
+
+
+def _make_page(
+    holdings: Holdings,
+    coverage: Coverage,
+    failures: Mapping[int, Failed],
+    summary: Mapping[str, object],
+    paces: Sequence[Pace],
+    read: Callable[[np.ndarray], list[Extracted]],
+) -> Page:
+    run, table = holdings.run, holdings.table
+    records = read(choose_sample(np.flatnonzero(coverage.extracted)))
+    answers = [(record.answer, table.truths[record.row]) for record in records]
+    sample = Sample(records, [agrees(*pair) for pair in answers])
+    charts, no_charts = _draw(run, sample, paces)
+    counts = count_yes_no(answers)
+    return Page(
+        run=run,
+        summary=summary,
+        stripes=count_stripes(coverage),
+        sampled=len(records),
+        agreement=Counter(sample.agreement),
+        yes_no=[[counts[truth, found] for found in (*YES_NO, OTHER)] for truth in YES_NO],
+        warnings=find_broken(run, sample, table),
+        charts=charts,
+        no_charts=no_charts,
+        failures=group_failures(failures, table),
+        answers=_show_answers(run, sample, table),
+    )
+
+
+def choose_sample(rows: np.ndarray) -> np.ndarray:
+    """Of these rows, int64 `[n]` and in order, all, or stretches of neighbours spread evenly: `[m]`, at most SAMPLE."""
+    if len(rows) <= SAMPLE:
+        return rows
+    length = SAMPLE // STRETCHES
+    begins = np.linspace(0, len(rows) - length, STRETCHES).astype(np.int64)
+    return np.unique(rows[(begins[:, None] + np.arange(length)).ravel()])
+
+
+def count_stripes(coverage: Coverage) -> list[tuple[float, float, float]]:
+    """The shares of rows that are extracted, failed and missing, in stretches of the table that are equally long."""
+    pieces = min(STRIPES, len(coverage.extracted))
+    if not pieces:
+        return []
+    columns = (np.array_split(flags, pieces) for flags in (coverage.extracted, coverage.failed, coverage.missing))
+    return list(zip(*([float(piece.mean()) for piece in column] for column in columns), strict=True))
+
+
+def group_failures(failures: Mapping[int, Failed], table: Table) -> list[Failure]:
+    """Reasons, the most frequent first, each with some examples of `(id, picture, message)`."""
+    by_error: defaultdict[str, list[int]] = defaultdict(list)
+    for row in sorted(failures):
+        by_error[failures[row].error].append(row)
+    most_frequent_first = sorted(by_error.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [
+        Failure(error, len(rows), [(table.ids[i], table.images[i], failures[i].message) for i in rows[:EXAMPLES]])
+        for error, rows in most_frequent_first
+    ]
+
+
+def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
+    """What cannot be right about the vectors: states that do not differ where their rows do, or that are all zero."""
+    warnings: list[str] = []
+    if not sample.records:
+        return warnings
+    rows = [record.row for record in sample.records]
+    pictures = len({table.images[row] for row in rows})
+    questions = len({(table.images[row], table.questions[row]) for row in rows})
+    for name, several in zip(TOKENS, (questions, pictures), strict=True):
+        for index, layer in enumerate(run.layers):
+            states = _states(sample, name, index)
+            if not states.any():
+                warnings.append(f"layer {layer}: the {name} states are all zero")
+            elif several > 1 and np.ptp(states, axis=0).max() <= 1e-6 * np.abs(states).max():
+                warnings.append(f"layer {layer}: the {name} states of {several} different inputs are all the same")
+    vectors = _vision_only(sample)
+    if pictures > 1 and np.ptp(vectors, axis=0).max() <= 1e-6 * np.abs(vectors).max():
+        warnings.append(f"vision_only: the vectors of {pictures} pictures are all the same")
+    return warnings
+
+
+def _draw(run: Run, sample: Sample, paces: Sequence[Pace]) -> tuple[dict[str, list[str]], str | None]:
+    """The charts as SVG by section, and why there are none."""
+    charts: dict[str, list[str]] = {}
+    try:
+        if paces:
+            charts["throughput"] = [draw_throughput(paces)]
+        if not sample.records:
+            return charts, None
+        layers = range(len(run.layers))
+        states = {name: [_states(sample, name, index) for index in layers] for name in TOKENS}
+        norms = {name: np.stack([np.linalg.norm(layer, axis=1) for layer in of]) for name, of in states.items()}
+        charts["norms"] = [draw_norms(run.layers, norms)]
+        for name, of in states.items():
+            charts[name] = [
+                draw_states(project(layer), sample.agreement, f"layer {number}")
+                for number, layer in zip(run.layers, of, strict=True)
+            ]
+    except Exception as error:  # a library's trouble with a chart is no reason to be without coverage and answers
+        return {}, f"matplotlib could not draw them ({one_line(error)})"
+    return charts, None
+
+
+def _states(sample: Sample, name: str, index: int) -> np.ndarray:
+    return np.array([getattr(record, name)[index] for record in sample.records])
+
+
+def _vision_only(sample: Sample) -> np.ndarray:
+    return np.array([record.vision_only for record in sample.records])
+
+
+def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
+    """Some rows of the sample, spread evenly over it, with thumbnails where their pictures can be read here."""
+    places = sorted({round(place) for place in np.linspace(0, len(sample.records) - 1, SHOWN) if sample.records})
+    images = {table.images[sample.records[place].row] for place in places}
+    thumbnails = make_thumbnails(Path(to_disk(run.images_dir)), images)
+    shown = []
+    for place in places:
+        record = sample.records[place]
+        identity, image, question, truth = table.row(record.row)
+        picture = thumbnails.get(image)
+        shown.append(Answer(identity, image, question, truth, record.answer, sample.agreement[place], picture))
+    return shown
+
+
+def _key(run: Run, summary: Mapping[str, object], paces: Sequence[Pace]) -> str:
+    """A digest of what a report is made from."""
+    shards = [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in paces]
+    parts = [run.key, __version__, summary, shards]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_there(path: Path, key: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return key in stream.readline() + stream.readline()
+    except (OSError, UnicodeDecodeError):
+        return False

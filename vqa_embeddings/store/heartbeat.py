@@ -1,0 +1,171 @@
+"""How far each rank is: a line every few seconds beside its segments, for people to look at.
+
+    OUT/shards/<launch>-r<rank>/pace.csv    time,to_do,done,failed
+
+Nothing is decided by these files. They count rows that are done and may not be committed yet, and one that cannot be
+written ends no run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqa_embeddings.store.run import SHARDS_FOLDER, shard_folder
+
+PACE_FILE = "pace.csv"
+HEADER = "time,to_do,done,failed"
+WRITE_SECONDS = 5.0  # between two lines of a rank
+LINE_BYTES = 80  # that a line has at most
+LISTED = 20  # shards of ranks that no longer work
+RECENT_SECONDS = 300.0  # over which a pace is taken
+SILENT_SECONDS = 180.0  # after which a rank that has not done all it had to is taken for stopped
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one rank of one launch has said, line after line.
+
+    Attributes:
+        shard: name of its folder.
+        times: float `[n]`, seconds since 1970 by its own clock.
+        to_do: rows that were its share.
+        done: int64 `[n]`, rows done so far, those that failed among them.
+        failed: int64 `[n]`.
+    """
+
+    shard: str
+    times: np.ndarray
+    to_do: int
+    done: np.ndarray
+    failed: np.ndarray
+
+    @property
+    def left(self) -> int:
+        """Rows of its share that were not done when it last said something."""
+        return self.to_do - int(self.done[-1])
+
+    def is_at_work(self, now: float) -> bool:
+        """Whether it seems to go on, `now` being seconds since 1970."""
+        return self.left > 0 and now - float(self.times[-1]) < SILENT_SECONDS
+
+    def rows_per_second(self) -> float:
+        """Over the last minutes that it has been at work; 0 where it has said one thing only."""
+        since = int(np.searchsorted(self.times, self.times[-1] - RECENT_SECONDS))
+        seconds = float(self.times[-1] - self.times[since])
+        return float(self.done[-1] - self.done[since]) / seconds if seconds > 0 else 0.0
+
+
+class PaceWriter:
+    """Says how far this rank is, at most every few seconds."""
+
+    def __init__(self, folder: Path, launch: str, rank: int, to_do: int) -> None:
+        self._path = shard_folder(folder, launch, rank) / PACE_FILE
+        self._to_do = to_do
+        self._next = 0.0
+        self._write(f"{HEADER}\n", 0, 0)
+
+    def update(self, done: int, failed: int, last: bool = False) -> None:
+        """Say it, unless it was said a moment ago and is not the last word."""
+        if last or time.monotonic() >= self._next:
+            self._write("", done, failed)
+
+    def _write(self, before: str, done: int, failed: int) -> None:
+        with suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)  # not its parents: a folder that is gone stays so
+            with open(self._path, "ab", buffering=0) as stream:
+                stream.write(f"{before}{time.time():.1f},{self._to_do},{done},{failed}\n".encode())
+        self._next = time.monotonic() + WRITE_SECONDS
+
+
+def read_paces(folder: Path) -> list[Pace]:
+    """What all ranks of all launches into an output folder have said, by the names of their shards."""
+    found = (read_pace(path) for path in sorted((folder / SHARDS_FOLDER).glob(f"*/{PACE_FILE}")))
+    return [pace for pace in found if pace is not None]
+
+
+def read_pace(path: Path) -> Pace | None:
+    """What one rank has said; None where that is nothing, or no longer readable."""
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return None
+    numbers = [line for line in map(_numbers, lines) if line is not None]
+    if not numbers:
+        return None
+    times, to_do, done, failed = np.array(numbers).T
+    order = np.argsort(times, kind="stable")  # clocks are set back, too
+    return Pace(
+        path.parent.name, times[order], int(to_do[-1]), done[order].astype(np.int64), failed[order].astype(np.int64)
+    )
+
+
+def read_latest(path: Path) -> tuple[int, int]:
+    """Rows that a rank has done, and how many of them failed, by its last line; zeros where there is none."""
+    with suppress(OSError), open(path, "rb", buffering=0) as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 3 * LINE_BYTES))
+        lines = stream.read().decode(errors="replace").splitlines(keepends=True)
+        for numbers in map(_numbers, reversed(lines)):
+            if numbers is not None:
+                return int(numbers[2]), int(numbers[3])
+    return 0, 0
+
+
+def _numbers(line: str) -> tuple[float, ...] | None:
+    """The numbers of a whole line; None of the header, of a line that is being written, or of damage."""
+    with suppress(ValueError):
+        time_, to_do, done, failed = map(float, line.split(","))
+        if line.endswith("\n") and 0 <= failed <= done <= to_do < np.inf and np.isfinite(time_):
+            return time_, to_do, done, failed
+    return None
+
+
+def describe_shards(committed: Mapping[str, tuple[int, int]], paces: Iterable[Pace], now: float) -> list[str]:
+    """A table of the shards, those at work in full, and how long they will take together.
+
+    Args:
+        committed: for each shard, rows extracted and rows failed in its segments.
+        paces: what their ranks have said.
+        now: seconds since 1970.
+    """
+    at_work = {pace.shard: pace for pace in paces if pace.is_at_work(now)}
+    ended = sorted(committed.keys() - at_work.keys())
+    listed = ended[-LISTED:]
+    lines: list[tuple[str, ...]] = [("shard", "committed", "failed", "done now", "rows/s")]
+    if len(ended) > LISTED:
+        before = [committed[name] for name in ended[:-LISTED]]
+        extracted, failed = (str(sum(counts)) for counts in zip(*before, strict=True))
+        lines.append((f"{len(before)} before these", extracted, failed, "", ""))
+    lines += [(name, *map(str, committed[name]), "", "") for name in listed]
+    for name, pace in sorted(at_work.items()):
+        extracted, failed = map(str, committed.get(name, (0, 0)))
+        lines.append((name, extracted, failed, f"{pace.done[-1]} of {pace.to_do}", f"{pace.rows_per_second():.1f}"))
+    if len(lines) == 1:
+        return []
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ("  ".join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]).rstrip() for name, *texts in lines)
+    return [*table, _rate(list(at_work.values()))]
+
+
+def _rate(paces: Sequence[Pace]) -> str:
+    if not paces:
+        return "no rank is at work"
+    rate, left = sum(pace.rows_per_second() for pace in paces), sum(pace.left for pace in paces)
+    ranks = f"{len(paces)} rank{'s' * (len(paces) > 1)} at work"
+    if rate == 0:
+        return f"{ranks}, {left} rows to do, and no pace yet"
+    minutes = f"over the last {RECENT_SECONDS / 60:.0f} minutes"
+    return f"{ranks}, {rate:.1f} rows/s {minutes}: {duration(left / rate)} left for their {left} rows"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as a person says them: 2:05:00, 3:20."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,388 @@
+"""Reading what was extracted: vectors as matrices, answers and questions as lists, one row by its id.
+
+from vqa_embeddings import open_embeddings
+
+e = open_embeddings("OUT")
+vectors, answers = e.query_token(16), e.answers
+one, some = e["question_7"], e[100:200].query_token(16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
+
+import h5py
+import numpy as np
+from h5py import h5d, h5f, h5s
+
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.errors import Refused, StorageFailed, one_line
+from vqa_embeddings.records import Failed
+from vqa_embeddings.store.catalog import Holdings, look
+from vqa_embeddings.store.coverage import Coverage
+from vqa_embeddings.store.hdf5 import get_dataset, open_file, stamp_of
+from vqa_embeddings.store.run import Run, read_run, read_run_rows
+from vqa_embeddings.store.segments import UNUSABLE, VECTORS
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+
+QUERY, VISION = "query_token", "vision_token"
+
+
+def open_embeddings(folder: str | Path) -> Embeddings:
+    """The extracted rows of an output folder, merged or not, in the order of its table.
+
+    Each row is read from where that is fastest: a columnar part, a segment, a part in the published layout. Nothing is
+    hashed; `merge_shards.py --verify` does that.
+
+    Raises:
+        ValueError: the folder holds no run, or not its table.
+        OSError: it cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        run = read_run(folder)
+        table = read_run_rows(folder, run)
+        holdings = look(folder, run, table)
+    except Refused as refusal:
+        raise ValueError(str(refusal)) from None
+    except StorageFailed as failure:
+        raise OSError(str(failure)) from None
+    coverage = holdings.coverage()
+    extracted, left = np.flatnonzero(coverage.extracted), coverage.extracted.copy()
+    sources = []
+
+    def take(path: Path, layout: str, rows: np.ndarray, places: np.ndarray, stamp: tuple[int, ...] = ()) -> None:
+        if len(rows):
+            sources.append(_Source(path, layout, rows, places, np.searchsorted(extracted, rows), stamp))
+            left[rows] = False
+
+    for part in holdings.parts:
+        if part.layout == "columnar":
+            take(part.path, "columnar", part.rows, np.arange(len(part.rows)), part.stamp)
+    for number, segment in enumerate(holdings.segments):
+        rows = np.unique(segment.rows[(coverage.holder[segment.rows] == number) & left[segment.rows]])
+        take(segment.path, "segment", rows, coverage.position[rows])
+    for part in holdings.parts:
+        if part.layout == "grouped":
+            rows = part.rows[left[part.rows]]
+            take(part.path, "grouped", rows, rows, part.stamp)
+    absent, truncated = _Absent(folder, holdings, coverage), holdings.truncated(coverage)[extracted]
+    return Embeddings(folder, run, table, extracted, sources, absent, truncated)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Some rows of a file: positions in the table, in the file, and among the rows asked for; all int64 `[m]`."""
+
+    path: Path
+    layout: str  # columnar, segment or grouped
+    rows: np.ndarray
+    places: np.ndarray
+    into: np.ndarray
+    stamp: tuple[int, ...]  # of a part, whose name another may take over; a segment's name is its own
+
+
+class _Absent:
+    """Says why rows are not there. What has to be looked up for it is looked up once."""
+
+    def __init__(self, folder: Path, holdings: Holdings, coverage: Coverage) -> None:
+        self._folder, self._holdings, self._coverage = folder, holdings, coverage
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        ids = self._holdings.table.ids
+        return {ids[row]: row for row in np.flatnonzero(~self._coverage.extracted).tolist()}
+
+    @cached_property
+    def _reasons(self) -> dict[int, Failed]:
+        return self._holdings.failures(self._coverage.failed)
+
+    def __call__(self, identity: str) -> str:
+        """What has become of a row that is not among those asked."""
+        row = self._rows.get(identity)
+        if row is None and identity in self._holdings.table.ids:
+            return f"{identity!r} is not among the rows that were chosen of {self._folder}"
+        if row is None:
+            return f"{identity!r} is not a question_id of {self._folder}"
+        if not self._coverage.failed[row]:
+            return f"{identity!r} is missing: it has not been extracted, the same extract_dist.py command continues"
+        try:
+            why = f"{self._reasons[row].error}: {self._reasons[row].message}"
+        except StorageFailed:
+            why = f"its reason is no longer there, open {self._folder} again"
+        return f"{identity!r} has failed ({why}); extract_dist.py --retry-failed tries it again"
+
+
+class Embeddings(Mapping[str, dict[str, Any]]):
+    """Vectors, answers and questions of `n` extracted rows, in the order of the table: a mapping by `question_id`.
+
+    `e[10:20]`, `e[mask]` with a bool for each row, and `e[ids]` with several ids are the same of some rows, in the
+    order asked for; of each file only the stretch that they span is read.
+
+    Attributes:
+        run: what was extracted: model, layers, settings.
+        ids: the `question_id` of each row.
+        truncated: bool `[n]`, whether the row's picture is cut off, and what there is of it was shown to the model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: Run,
+        table: Table,
+        rows: np.ndarray,
+        sources: Sequence[_Source],
+        absent: Callable[[str], str],
+        truncated: np.ndarray,
+    ) -> None:
+        self.folder, self.run, self.truncated = folder, run, truncated
+        self._table, self._rows, self._sources, self._absent = table, rows, sources, absent
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __contains__(self, key: object) -> bool:
+        return _is_id(key) and str(key) in self._place_of_id
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a mapping would compare all values
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} of {len(self._table)} rows in {self.folder}, layers {self.layers}>"
+
+    @property
+    def layers(self) -> list[int]:
+        """The decoder layers whose states are there."""
+        return self.run.layers
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The `question_id` of each row."""
+        return [self._table.ids[row] for row in self._rows.tolist()]
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The model's answer to each row."""
+        answers: list[str] = [""] * len(self)
+        for source in self._sources:
+            for place, answer in zip(source.into.tolist(), _read_answers(source, self._table), strict=True):
+                answers[place] = answer
+        return answers
+
+    def query_token(self, layer: int) -> np.ndarray:
+        """Outputs of a decoder layer at the last prompt token, float32 `[n, hidden]`."""
+        return self._read_matrix(VECTORS[2], layer)
+
+    def vision_token(self, layer: int) -> np.ndarray:
+        """Outputs of a decoder layer at the last image token, float32 `[n, hidden]`."""
+        return self._read_matrix(VECTORS[1], layer)
+
+    def vision_only(self) -> np.ndarray:
+        """Means of the SigLIP patch features that the projector reads, float32 `[n, vision]`."""
+        return self._read_matrix(VECTORS[0])
+
+    def table(self) -> pandas.DataFrame:
+        """Ids, pictures, questions, ground truths and answers, a row each. Needs pandas."""
+        import pandas
+
+        rows = [self._table.row(row) for row in self._rows.tolist()]
+        columns = ["question_id", "image_id", "question", "ground_truth_answer"]
+        return pandas.DataFrame(rows, columns=columns).assign(answer=self.answers)
+
+    @overload
+    def __getitem__(self, key: str | int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, key: Any) -> Embeddings: ...
+    def __getitem__(self, key: Any) -> dict[str, Any] | Embeddings:
+        """One row by its id, or the same of some rows, by a slice of positions, a mask, or several ids.
+
+        A number is an id, not a position. One row is its texts by their names, `vision_only` float32 `[vision]`, and
+        for each layer in `query_token` and `vision_token` float32 `[hidden]`.
+
+        Raises:
+            KeyError: no row of this id is there, and why.
+            IndexError: the mask is not one of `n` rows.
+            ValueError: the mask is a pandas Series about other rows, or in another order.
+            TypeError: the key is of no such kind.
+        """
+        if not _is_id(key):
+            return self._select(self._choose(key))
+        place = self._find(key)
+        one = self._select(np.array([place]))
+        texts = self._table.row(int(self._rows[place]))
+        return {
+            **dict(zip(("question_id", "image_id", "question", "ground_truth_answer"), texts, strict=True)),
+            "answer": one.answers[0],
+            "vision_only": one.vision_only()[0],
+            QUERY: {layer: one.query_token(layer)[0] for layer in self.layers},
+            VISION: {layer: one.vision_token(layer)[0] for layer in self.layers},
+        }
+
+    def dataset(
+        self, layer: int, token: str = QUERY, target: Callable[[dict[str, str]], Any] | None = None
+    ) -> torch.utils.data.Dataset:
+        """A map-style dataset of `(vector, target)` for a `torch.utils.data.DataLoader`. Needs torch.
+
+        Args:
+            layer: a decoder layer.
+            token: "query_token" or "vision_token".
+            target: makes a row's texts, by the names of `table`, its target; without, the target is its `question_id`.
+        """
+        import torch
+        from torch.utils.data import StackDataset
+
+        read = {QUERY: self.query_token, VISION: self.vision_token}
+        if token not in read:
+            raise ValueError(f"found token {token!r}; expected one of {', '.join(read)}")
+        texts = self.table().to_dict("records") if target else []
+        targets = [target(row) for row in texts] if target else self.ids
+        return StackDataset(torch.from_numpy(read[token](layer)), targets)
+
+    @cached_property
+    def _place_of_id(self) -> dict[str, int]:
+        return {identity: place for place, identity in enumerate(self.ids)}
+
+    @cached_property
+    def _held(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row, int64 `[n]`: which source holds it, and where among the rows of that one."""
+        numbers, entries = np.empty(len(self), np.int64), np.empty(len(self), np.int64)
+        for number, source in enumerate(self._sources):
+            numbers[source.into], entries[source.into] = number, np.arange(len(source.into))
+        return numbers, entries
+
+    def _find(self, key: object) -> int:
+        """Where the row of an id is."""
+        if not _is_id(key):
+            raise TypeError(f"found {key!r} of type {type(key).__name__}; expected a question_id")
+        place = self._place_of_id.get(str(key))
+        if place is None:
+            hint = "" if isinstance(key, str) else "; a number is taken for an id, positions go by slice"
+            raise KeyError(self._absent(str(key)) + hint)
+        return place
+
+    def _choose(self, key: Any) -> np.ndarray:
+        """Where the rows of a slice, a mask or several ids are, int64 `[m]`."""
+        if isinstance(key, slice):
+            return np.arange(len(self))[key]
+        mask = np.asarray(key)
+        if mask.dtype == object and mask.ndim and all(isinstance(one, (bool, np.bool_)) for one in mask):
+            mask = mask.astype(bool)  # as pandas has those that may lack
+        if mask.dtype != bool:
+            if isinstance(key, bytes) or not np.iterable(key):
+                self._find(key)  # which says what is expected
+            return np.array([self._find(one) for one in key], np.int64)
+        if mask.shape != (len(self),):
+            raise IndexError(f"found a mask of shape {mask.shape}; expected ({len(self)},), a bool for each row")
+        labels = getattr(key, "index", None)  # of a pandas Series
+        if not (labels is None or callable(labels) or list(labels) in (list(range(len(self))), self.ids)):
+            raise ValueError("the mask's index is neither that of table() nor the ids in their order; give an array")
+        return np.flatnonzero(mask)
+
+    def _select(self, chosen: np.ndarray) -> Embeddings:
+        """The same of the rows at these places, int64 `[m]`, in this order."""
+        numbers, entries = self._held
+        order = np.argsort(numbers[chosen], kind="stable")
+        ends = np.flatnonzero(np.diff(numbers[chosen[order]])) + 1
+        sources = []
+        for into in np.split(order, ends) if len(order) else ():
+            source, entry = self._sources[numbers[chosen[into[0]]]], entries[chosen[into]]
+            sources.append(replace(source, rows=source.rows[entry], places=source.places[entry], into=into))
+        rows, truncated = self._rows[chosen], self.truncated[chosen]
+        return Embeddings(self.folder, self.run, self._table, rows, sources, self._absent, truncated)
+
+    def _read_matrix(self, name: str, layer: int | None = None) -> np.ndarray:
+        if layer is not None and layer not in self.layers:
+            raise ValueError(f"layer {layer} was not extracted; {self.folder} has the layers {self.layers}")
+        matrix = np.empty((len(self), self.run.vision_size if layer is None else self.run.hidden_size), np.float32)
+        for source in self._sources:
+            with _open(source) as file:
+                if source.layout == "grouped":
+                    _read_groups(file, source, self._table, _path(name, layer), matrix)
+                elif source.layout == "columnar":
+                    _read_columns(get_dataset(file, _path(name, layer)), source, matrix)
+                else:
+                    where = () if layer is None else (self.layers.index(layer),)
+                    _read_columns(get_dataset(file, name), source, matrix, where)
+        return matrix
+
+
+def _is_id(key: object) -> TypeGuard[str | int]:
+    return isinstance(key, (str, int, np.integer)) and not isinstance(key, bool)
+
+
+@contextmanager
+def _open(source: _Source) -> Iterator[h5py.File]:
+    """The file that the source was found in, to read.
+
+    Raises:
+        OSError: it is gone, or another file has its name; or it cannot be read.
+    """
+    try:
+        with open_file(source.path) as file:
+            if not source.stamp or stamp_of(file) == source.stamp:
+                yield file
+                return
+    except FileNotFoundError:
+        pass
+    except UNUSABLE as error:
+        raise OSError(
+            f"{source.path} cannot be read ({one_line(error)}); merge_shards.py --verify finds what is damaged"
+        ) from error
+    raise OSError(
+        f"{source.path} is not the file that was there when the folder was opened: a merge has been at work; "
+        "open the folder again"
+    )
+
+
+def _path(name: str, layer: int | None) -> str:
+    return name if layer is None else f"{name}/layer_{layer}"
+
+
+def _read_columns(dataset: h5py.Dataset, source: _Source, matrix: np.ndarray, where: tuple[int, ...] = ()) -> None:
+    """Read rows of a dataset `[rows, ..., size]` into those of a matrix; `where` chooses between the two."""
+    stretch, into = _stretch(source.places), source.into
+    chosen = (stretch, *where)
+    if np.all(np.diff(source.places) == 1) and np.all(np.diff(into) == 1):
+        dataset.read_direct(matrix, chosen, slice(into[0], into[-1] + 1))
+    else:
+        matrix[into] = dataset[chosen][source.places - stretch.start]
+
+
+def _stretch(places: np.ndarray) -> slice:
+    """All from the first to the last of these places."""
+    return slice(int(places.min()), int(places.max()) + 1)
+
+
+def _read_groups(file: h5py.File, source: _Source, table: Table, path: str, matrix: np.ndarray) -> None:
+    """Read a vector of each row's group into the rows of a matrix, in a quarter of the time that h5py's groups take."""
+    own = h5f.get_name(file.id)
+    for row, place in zip(source.rows.tolist(), source.into.tolist(), strict=True):
+        dataset = h5d.open(file.id, f"{table.ids[row]}/{path}".encode())
+        if h5f.get_name(dataset) != own or dataset.get_offset() is None:  # of another file, or not simply in this one
+            get_dataset(file, f"{table.ids[row]}/{path}")  # which says so
+        if dataset.shape != matrix.shape[1:]:
+            raise ValueError(f"row {row} has a {path} of shape {dataset.shape}, expected {matrix.shape[1:]}")
+        dataset.read(h5s.ALL, h5s.ALL, matrix[place])
+
+
+def _read_answers(source: _Source, table: Table) -> list[str]:
+    with _open(source) as file:
+        if source.layout == "grouped":
+            return [get_dataset(file, f"{table.ids[row]}/answer").asstr()[()] for row in source.rows.tolist()]
+        stretch = _stretch(source.places)
+        answers = get_dataset(file, "answer").asstr()[stretch]
+        return [answers[place - stretch.start] for place in source.places.tolist()]
