@@ -13,11 +13,12 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
+from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.console import fail, refuse, say, say_for_rank
-from vqa_embeddings.cli.options import ExtractOptions, parse_extract
+from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.signals import StopFlag, run_program
 from vqa_embeddings.cluster.world import World, read_world, same_command
-from vqa_embeddings.errors import NothingFinite, Refused, StorageFailed
+from vqa_embeddings.errors import InputError, NothingFinite, StorageError
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -32,9 +33,9 @@ def main() -> int:
     try:
         world = read_world()
         extract_share(options, world, stop)
-    except Refused as refusal:
+    except InputError as refusal:
         return refuse(refusal, world)
-    except (StorageFailed, NothingFinite, OSError) as failure:
+    except (StorageError, NothingFinite, OSError) as failure:
         return fail(failure, world, same_command(options.slice))
     return 0
 
@@ -45,9 +46,9 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     from vqa_embeddings.app.launch import describe_run, read_input, start
     from vqa_embeddings.app.plan_summary import say_plan
     from vqa_embeddings.app.progress import Progress
-    from vqa_embeddings.cli.options import MODEL
     from vqa_embeddings.layers.device import choose_attention, choose_dtype, choose_workers, find_device
     from vqa_embeddings.models.checkpoint import find_checkpoint
+    from vqa_embeddings.models.hub import MODEL
     from vqa_embeddings.store.run import check_run, claim_run, keep_rows
     from vqa_embeddings.store.segments import ShardWriter
 
@@ -74,8 +75,8 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         return
 
     from vqa_embeddings.app.nan_guard import Probation
-    from vqa_embeddings.base.timings import Stages
-    from vqa_embeddings.data.picture_limits import Viewing
+    from vqa_embeddings.base.timings import Timings
+    from vqa_embeddings.data.decode_options import DecodeOptions
     from vqa_embeddings.engine.scheduler import extract
     from vqa_embeddings.models.phi4mm.model import Phi4
     from vqa_embeddings.models.phi4mm.weights import load_model
@@ -86,10 +87,10 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, write_rows)
     stop.defer()
-    stages = Stages()
+    stages = Timings()
     settings = options.batch_size, choose_workers(options.num_workers, device)
-    viewing = Viewing(options.max_megapixels, options.truncated_pictures == "show")
-    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages, viewing)
+    decode_options = DecodeOptions(options.max_megapixels, options.truncated_pictures == "show")
+    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages, decode_options)
     probation = Probation(launch.rows, launch.pictures[launch.rows], dtype.value, over=launch.stock.extracted > 0)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)

@@ -18,7 +18,7 @@ import sys
 from vqa_embeddings.base.console import fail, refuse, say
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.cluster.world import World, read_ranks
-from vqa_embeddings.errors import Refused, StorageFailed
+from vqa_embeddings.errors import InputError, StorageError
 
 
 def main() -> int:
@@ -30,9 +30,9 @@ def main() -> int:
     try:
         world = read_ranks()
         outcome = (check if options.check else merge)(options, world)
-    except Refused as refusal:
+    except InputError as refusal:
         return refuse(refusal, world)
-    except (StorageFailed, OSError) as failure:
+    except (StorageError, OSError) as failure:
         return fail(failure, world)
     if outcome is None:  # a rank that has helped
         return 0

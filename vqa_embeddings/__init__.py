@@ -2,11 +2,12 @@
 
 The data flows one way: rows (`table`) -> shares (`plan`) -> pictures (`images`) -> states (`phi4`, `extract`)
 -> segments (`shards`) -> parts (`parts`, `merge`). Nothing upstream imports what is downstream of it, but for the
-start of a launch (`launch`), which looks at what the output folder holds already (`holdings`).
+start of a launch (`launch`), which looks at what the output folder holds already (`catalog`).
 """
 
-__version__ = "0.1.0"
-__all__ = ["open_embeddings"]
+from vqa_embeddings._version import __version__
+
+__all__ = ["__version__", "open_embeddings"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,33 +1,33 @@
 """The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
 
 SAME_COMMAND = (
-    "the same command continues"  # what a StorageFailed ends with; `voice.fail` says more where that is needed
+    "the same command continues"  # what a StorageError ends with; `voice.fail` says more where that is needed
 )
 LONGEST_SHOWN = 300  # characters of what a sentence quotes
 
 
-class Refused(Exception):
+class InputError(Exception):
     """The input, the arguments or the output folder are refused before any work: exit status 2.
 
     The message is one sentence for the user: what was found, what was expected, what to do.
     """
 
 
-class StorageFailed(Exception):
+class StorageError(Exception):
     """A disk, a folder or the machine itself fails in the middle of the work: exit status 1.
 
-    The message is one sentence for the user, as that of `Refused`.
+    The message is one sentence for the user, as that of `InputError`.
     """
 
 
 class NothingFinite(Exception):
     """The first rows have all failed by NonFiniteValues, as every other would: exit status 1.
 
-    The message is one sentence for the user, as that of `Refused`.
+    The message is one sentence for the user, as that of `InputError`.
     """
 
 
-class RowFailed(Exception):
+class RowError(Exception):
     """One row cannot be extracted. It is recorded as data, and the others go on.
 
     The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`.
@@ -38,27 +38,27 @@ class RowFailed(Exception):
         self.errno = errno  # what the operating system has said, where it has said something
 
 
-class PictureNotFound(RowFailed):
+class PictureNotFound(RowError):
     """No file lies where the row's picture should be."""
 
 
-class PictureOutsideFolder(RowFailed):
+class PictureOutsideFolder(RowError):
     """The row's picture is named by an absolute path that leads elsewhere, or by one that climbs."""
 
 
-class PictureUnreadable(RowFailed):
+class PictureUnreadable(RowError):
     """The file is there, but no picture can be made of it."""
 
 
-class QuestionEmpty(RowFailed):
+class QuestionEmpty(RowError):
     """The row's question has no text, or nothing but white space."""
 
 
-class PromptTooLong(RowFailed):
+class PromptTooLong(RowError):
     """The prompt has more tokens than the model's context."""
 
 
-class NonFiniteValues(RowFailed):
+class NonFiniteValues(RowError):
     """A vector of the row, or the logits of a token of its answer, hold a NaN or an infinity."""
 
 

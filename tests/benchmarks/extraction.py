@@ -15,7 +15,7 @@ import numpy as np
 from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.data.table import Table
@@ -164,9 +164,9 @@ def _row(published: Published, table: Table, row: int, folder: Path) -> None:
     published.row(folder / table.images[row % len(table)], table.questions[row % len(table)])
 
 
-def _extraction(engine: Noting, table: Table, folder: Path) -> tuple[float, Stages]:
+def _extraction(engine: Noting, table: Table, folder: Path) -> tuple[float, Timings]:
     records: list[Any] = []
-    stages, workers = Stages(), WORKERS[engine.decoder.device.type]
+    stages, workers = Timings(), WORKERS[engine.decoder.device.type]
     engine.written.clear()
 
     def run() -> None:

@@ -24,12 +24,12 @@ import numpy as np
 from tests.benchmarks.runs import random_run
 from vqa_embeddings.app.merge import Outcome, _report
 from vqa_embeddings.base.files import new_csv
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
 from vqa_embeddings.data.table import read_table
 from vqa_embeddings.data.table_warnings import survey
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.store.catalog import Holdings
+from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import plan_parts
 from vqa_embeddings.store.run import check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import Segment, ShardWriter, read_segments
@@ -116,7 +116,7 @@ def _apart(task: Callable[..., float], *arguments: Path) -> tuple[dict[str, Any]
 
 
 def _measured(task: Callable[..., float], arguments: tuple[Path, ...]) -> tuple[dict[str, Any], float]:
-    clock = Stages()
+    clock = Timings()
     value = task(clock, *arguments)
     return {"seconds": clock.seconds, "peak_gib": _peak_gib()}, value
 
@@ -127,7 +127,7 @@ def _peak_gib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def _plan(clock: Stages, path: Path, out: Path) -> float:
+def _plan(clock: Timings, path: Path, out: Path) -> float:
     """What a rank does before it loads the model. Returns the load of the fullest of many shares over the mean."""
     with clock("read the CSV and check its ids"):
         rows = read_table(path)
@@ -156,7 +156,7 @@ def _slowest_over_mean(pictures: np.ndarray, owner: np.ndarray) -> float:
     return float(loads.max() / loads.mean())
 
 
-def _account(clock: Stages, out: Path) -> float:
+def _account(clock: Timings, out: Path) -> float:
     """What a merge does besides verifying segments and writing parts. Returns milliseconds to look into a segment."""
     with clock("read the run's table and check its fingerprint"):
         run = read_run(out)
@@ -173,15 +173,15 @@ def _account(clock: Stages, out: Path) -> float:
         segments, corrupt = read_segments(out, run, verify=False)
     assert (len(segments), corrupt) == (files, [])
     segments += [Segment(out / "not written", np.sort(some), np.zeros(0, np.int64)) for some in order[files:]]
-    holdings = Holdings(run, rows, segments, [], [])
+    catalog = Catalog(run, rows, segments, [], [])
     with clock(f"cover {len(segments)} segments"):
-        coverage = holdings.coverage()
+        coverage = catalog.coverage()
     with clock("plan the parts"):
         plan_parts(coverage, PART_ROWS, {})
     failed, missing = int(coverage.failed.sum()), int(coverage.missing.sum())
     assert (failed, missing) == (files * FAILED_ROWS, len(rows) - order.size)
     with clock(f"list {missing} missing and {failed} failed rows"):
-        _report(out, holdings, Outcome(run, coverage, [], [], 0, 0))
+        _report(out, catalog, Outcome(run, coverage, [], [], 0, 0))
     return 1000 * clock.seconds[look] / files
 
 

@@ -32,7 +32,7 @@ from transformers.initialization import no_init_weights
 from tests.benchmarks.inputs import FULL, load, questions, write_pictures
 from tests.gpu.fake_device import FakeDevice, Operator
 from vqa_embeddings.app import demo
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.runner import Batch
@@ -133,7 +133,7 @@ class Lacks:
             raise torch.OutOfMemoryError("CUDA out of memory, as was wished")
 
 
-class StagesOn(Stages):
+class StagesOn(Timings):
     """Tells the device which stage its work belongs to, and keeps what the costliest call of each asks of it."""
 
     def __init__(self, device: FakeDevice) -> None:

@@ -39,7 +39,7 @@ WITHOUT_KERNEL = {
 READ_WHAT_THEY_WRITE = {"embedding", "index", "index_select", "gather"}  # and not the whole of what they read from
 LEFT_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # of matrix products: which argument it is
 # Where the program means to wait: for the first tokens of new rows with all that is stored of them, and for a step's.
-MEANT = {("compute.py", "in_one_piece"), ("steps.py", "run")}
+MEANT = {("device.py", "in_one_piece"), ("cuda_graphs.py", "run")}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stages `graphs` and `full-graphs`: captured steps against eager ones, and large batches against small ones."""
+"""Timings `graphs` and `full-graphs`: captured steps against eager ones, and large batches against small ones."""
 
 from __future__ import annotations
 

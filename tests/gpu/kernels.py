@@ -19,7 +19,7 @@ from tests.benchmarks.inputs import questions, write_pictures
 from tests.gpu.answers import Counts, Noting, captures, counted
 from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.engine.scheduler import Flight
 
@@ -69,7 +69,7 @@ def _seated(scene: Scene, model: Noting, rows: int, pictures: int) -> Flight:
     images = [names[row * pictures // rows] for row in range(rows)]
     groups = groupby(range(rows), images.__getitem__)
     shown = ((list(group), model.pixels(open_picture(scene.scratch / "pictures" / name))) for name, group in groups)
-    flight = Flight(model, questions(rows), shown, rows, Stages())
+    flight = Flight(model, questions(rows), shown, rows, Timings())
     begun = time.monotonic()
     while flight._to_come and not flight._seated:
         flight.advance()

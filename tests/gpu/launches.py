@@ -1,4 +1,4 @@
-"""Stages of real launches, against the independent float32 reference on the same GPU: small ones and of full size."""
+"""Timings of real launches, against the independent float32 reference on the same GPU: small ones and of full size."""
 
 from __future__ import annotations
 

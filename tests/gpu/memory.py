@@ -1,4 +1,4 @@
-"""Stages `memory`, `full-memory` and `failed-captures`: less memory than the program believes costs no row."""
+"""Timings `memory`, `full-memory` and `failed-captures`: less memory than the program believes costs no row."""
 
 from __future__ import annotations
 

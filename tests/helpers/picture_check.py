@@ -28,7 +28,7 @@ import tifffile
 from PIL import Image
 
 from tests.helpers import picture_writers as write
-from vqa_embeddings.data.picture_limits import Viewing
+from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.pictures import decode
 from vqa_embeddings.errors import PictureUnreadable
 
@@ -649,7 +649,7 @@ def made(seed: int, name: str) -> Odd:
 def verdict(odd: Odd) -> str:
     """`equal`, `failed: ` and its reason, or how it differs."""
     try:
-        seen = np.asarray(decode(Path("odd"), odd.data, Viewing())).astype(int)
+        seen = np.asarray(decode(Path("odd"), odd.data, DecodeOptions())).astype(int)
     except PictureUnreadable as failure:
         return "failed: " + str(failure).partition("picture: ")[2]
     if odd.shown is None:

@@ -25,7 +25,7 @@ import psutil
 from tests.conftest import COPIES, TERMS, begin, merge, of_copies, processes, segments
 from tests.helpers.published_reader import read_published
 from tests.system.test_rows import assert_equal_to_reference
-from vqa_embeddings.store.heartbeat import read_paces
+from vqa_embeddings.store.heartbeat import read_heartbeats
 
 LIMIT = 20  # seconds from a signal to the end
 
@@ -104,11 +104,11 @@ class Running:
 
     def until_all_have_begun(self, ranks: int) -> None:
         """The bar may count rows while another rank still loads its model."""
-        until(lambda: len(read_paces(self.out)) == ranks, self.process)
+        until(lambda: len(read_heartbeats(self.out)) == ranks, self.process)
 
     def until_all_have_done_rows(self, ranks: int) -> None:
         self.until_all_have_begun(ranks)
-        until(lambda: all(pace.done[-1] for pace in read_paces(self.out)), self.process)
+        until(lambda: all(pace.done[-1] for pace in read_heartbeats(self.out)), self.process)
 
     def ends(self, number: signal.Signals, whom: Callable[[Processes], Processes] = the_launcher) -> int:
         """The exit status after a signal to some of the processes, within the limit; then none of them is left."""

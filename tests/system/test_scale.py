@@ -13,7 +13,7 @@ import pytest
 from tests.benchmarks.runs import random_run
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.scheduler import _by_picture
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.store.run import check_run, claim_run, keep_rows
 
 RUN = random_run(3, "0" * 64, [0, 1], 8, 8)
@@ -43,7 +43,7 @@ def test_the_table_is_kept_once(tmp_path: Path):
 def test_no_table_is_laid_where_no_run_is_and_another_run_is_refused(tmp_path: Path):
     keep_rows(tmp_path, never)
     claim_run(tmp_path, RUN)
-    with pytest.raises(Refused, match="another run"):
+    with pytest.raises(InputError, match="another run"):
         claim_run(tmp_path, replace(RUN, dtype="float16"))
 
 

@@ -39,7 +39,7 @@ from vqa_embeddings.base.files import copy_file, publish
 from vqa_embeddings.base.process_pool import in_this_process
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.cluster.world import World
-from vqa_embeddings.errors import StorageFailed
+from vqa_embeddings.errors import StorageError
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store import parts as parts_module
 from vqa_embeddings.store.run import read_run, read_run_rows
@@ -66,7 +66,7 @@ def test_a_full_disk_at_any_moment_leaves_what_was_committed_and_room_lets_it_go
         filler.write_bytes(bytes(max(0, free - room)))
         try:
             commit(out, [record(row) for row in chance.sample(range(ROWS), 8)])
-        except StorageFailed as failure:
+        except StorageError as failure:
             full += 1
             assert "No space left on device" in str(failure)
         filler.unlink()
@@ -117,7 +117,7 @@ def test_an_output_folder_that_goes_away_ends_the_run_and_is_not_made_anew(tmp_p
     shard = ShardWriter(out, "late", 0, run, read_run_rows(out, run), 4)
     out.rename(tmp_path / "elsewhere")
     shard.add([record(1)])
-    with pytest.raises(StorageFailed, match="No such file or directory"):
+    with pytest.raises(StorageError, match="No such file or directory"):
         shard.commit()
     assert not out.exists()
 
@@ -228,7 +228,7 @@ def failing(number: int, name: str):
 def test_a_disk_that_does_not_let_a_segment_be_read_is_no_damage(out, monkeypatch, number):
     commit(out, [record(row) for row in range(ROWS)])
     monkeypatch.setattr(files_module, "open", failing(number, ".h5"), raising=False)
-    with pytest.raises(StorageFailed, match=r"h5 cannot be read .* the same command continues"):
+    with pytest.raises(StorageError, match=r"h5 cannot be read .* the same command continues"):
         merge_here(parse_merge(None, ["--output-dir", str(out)]))
     assert not list(out.rglob("*.damaged"))
     monkeypatch.undo()
@@ -247,7 +247,7 @@ def test_a_disk_that_does_not_let_a_part_be_read_is_no_damage(out, monkeypatch, 
     monkeypatch.setattr(parts_module, "open_file", unreadable)
     if for_all:
         monkeypatch.setattr(files_module, "open", failing(errno.EIO, "part_001.h5"), raising=False)
-    with pytest.raises(StorageFailed, match=r"h5 cannot be read"):
+    with pytest.raises(StorageError, match=r"h5 cannot be read"):
         merge_here(parse_merge(None, ["--output-dir", str(out)]))
     assert not list(out.rglob("*.damaged"))
 
@@ -271,7 +271,7 @@ def test_whatever_the_system_says_is_one_sentence(capsys, named):
 
 
 def test_a_source_that_cannot_be_read_is_not_called_a_target_that_cannot_be_written(tmp_path):
-    with pytest.raises(StorageFailed, match=r"gone.csv cannot be read \(No such file"):
+    with pytest.raises(StorageError, match=r"gone.csv cannot be read \(No such file"):
         publish(tmp_path / "rows.csv", lambda target: copy_file(tmp_path / "gone.csv", target))
 
 
@@ -287,10 +287,10 @@ def ended_before_it_recorded(out: Path, monkeypatch: pytest.MonkeyPatch, *argume
     """A merge that has written its parts, and ends before it can say so."""
 
     def ends(*arguments):
-        raise StorageFailed("the disk is full")
+        raise StorageError("the disk is full")
 
     monkeypatch.setattr(merge_module, "_report", ends)
-    with pytest.raises(StorageFailed):
+    with pytest.raises(StorageError):
         merge_here(parse_merge(None, ["--output-dir", str(out), *arguments]))
     monkeypatch.undo()
 
@@ -383,7 +383,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(out, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    with pytest.raises(StorageFailed, match=r"coverage.json cannot be read \(Input/output error\)"):
+    with pytest.raises(StorageError, match=r"coverage.json cannot be read \(Input/output error\)"):
         merge_here(parse_merge(None, ["--output-dir", str(out), "--verify"]))
 
 
@@ -413,7 +413,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(out, monke
         return names(path)
 
     monkeypatch.setattr(files_module.os, "listdir", listdir)
-    with pytest.raises(StorageFailed, match=rf"{hidden} cannot be read \(Permission denied\)"):
+    with pytest.raises(StorageError, match=rf"{hidden} cannot be read \(Permission denied\)"):
         merge_here(parse_merge(None, ["--output-dir", str(out)]))
 
 

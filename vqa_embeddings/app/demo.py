@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqa_embeddings import __version__
+from vqa_embeddings._version import __version__
+from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.file_names import for_libraries
-from vqa_embeddings.cli.options import MODEL_CACHE, ExtractOptions
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.models.checkpoint import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from vqa_embeddings.models.hub import MODEL_CACHE
 from vqa_embeddings.models.phi4mm.formats import IMAGE_RSTRIP
 from vqa_embeddings.models.phi4mm.weights import quiet_library
 
@@ -148,7 +149,7 @@ def _cached_checkpoint(cache_dir: Path) -> Path:
             aside.rename(folder)
         except (OSError, SafetensorError) as error:
             if not folder.exists():  # otherwise another rank was first, with the same bytes
-                raise Refused(f"{folder} cannot be made ({one_line(error)}); choose another --cache-dir") from None
+                raise InputError(f"{folder} cannot be made ({one_line(error)}); choose another --cache-dir") from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder

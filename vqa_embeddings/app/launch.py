@@ -10,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
+from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import copy_file, new_csv
-from vqa_embeddings.cli.options import ExtractOptions
 from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
 from vqa_embeddings.cluster.world import World, from_rank_zero, new_launch, read_array_slice
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, read_rows, read_table, sample, select
 from vqa_embeddings.layers.device import Choice, Device, versions
 from vqa_embeddings.models.checkpoint import Checkpoint
-from vqa_embeddings.store.catalog import look
+from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import SHARDS_FOLDER, Run, known_columns
 
 TEST_ROWS = 3
 
 
 @dataclass(frozen=True)
-class Stock:
+class WorkState:
     """What an output folder holds of a run, and what is left: what all ranks of a launch have to agree on."""
 
     launch: str  # name of the launch
@@ -41,7 +41,7 @@ class Stock:
         return json.dumps(counts).encode() + b"\n" + pack(self.pending)
 
     @classmethod
-    def from_bytes(cls, data: bytes, rows: int) -> Stock:
+    def from_bytes(cls, data: bytes, rows: int) -> WorkState:
         """The inverse of `to_bytes`, of a table of so many rows."""
         counts, _, pending = data.partition(b"\n")
         return cls(**json.loads(counts), pending=unpack(pending, rows))
@@ -51,7 +51,7 @@ class Stock:
 class Launch:
     """One launch, as one of its ranks sees it."""
 
-    stock: Stock
+    stock: WorkState
     slice: tuple[int, int]
     slice_rows: int  # rows of the table in the slice
     slice_pending: int  # of them, those that this launch is to do
@@ -63,7 +63,7 @@ def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[
     """The table to extract, its pictures, and what writes it as a CSV: as it was, or the three rows of `--test`.
 
     Raises:
-        Refused: the CSV or the picture folder cannot be used.
+        InputError: the CSV or the picture folder cannot be used.
     """
     path, images = options.vqa_dataset, options.images_dir
     assert path is not None and images is not None  # parse_extract and demo_options see to it
@@ -116,24 +116,24 @@ def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Laun
     their shares.
     """
     if options.plan:  # which is said by one rank, and writes nothing
-        return share(options, world, take_stock(options, run, table), table)
+        return share(options, world, read_work_state(options, run, table), table)
     shards = options.output_dir / SHARDS_FOLDER
-    data = from_rank_zero(world, shards, lambda: take_stock(options, run, table).to_bytes())
-    return share(options, world, Stock.from_bytes(data, len(table)), table)
+    data = from_rank_zero(world, shards, lambda: read_work_state(options, run, table).to_bytes())
+    return share(options, world, WorkState.from_bytes(data, len(table)), table)
 
 
-def take_stock(options: ExtractOptions, run: Run, table: Table) -> Stock:
+def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkState:
     """See what the output folder holds, and what is to do."""
-    holdings = look(options.output_dir, run, table)
-    coverage = holdings.coverage()
+    catalog = scan(options.output_dir, run, table)
+    coverage = catalog.coverage()
     pending = coverage.failed if options.retry_failed else coverage.missing
     extracted, failed, truncated = (
-        int(rows.sum()) for rows in (coverage.extracted, coverage.failed, holdings.truncated(coverage))
+        int(rows.sum()) for rows in (coverage.extracted, coverage.failed, catalog.truncated(coverage))
     )
-    return Stock(new_launch(), extracted, failed, truncated, pending)
+    return WorkState(new_launch(), extracted, failed, truncated, pending)
 
 
-def share(options: ExtractOptions, world: World, stock: Stock, table: Table) -> Launch:
+def share(options: ExtractOptions, world: World, stock: WorkState, table: Table) -> Launch:
     """What this rank is to do of it."""
     part = options.slice or read_array_slice() or (0, 1)
     pictures = table.pictures()

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from vqa_embeddings.app.options import MergeOptions
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import new_csv, publish, publish_json, set_aside, sha256
 from vqa_embeddings.base.process_pool import Workers, gather_ranks, start_workers
-from vqa_embeddings.cli.options import MergeOptions
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.table import read_rows, select
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.report.build import write_report
-from vqa_embeddings.store.catalog import Holdings, look
+from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.coverage import KEEP, NOBODY, WRITE, Coverage, PartPlan, plan_parts
-from vqa_embeddings.store.heartbeat import describe_shards, read_paces
+from vqa_embeddings.store.heartbeat import describe_shards, read_heartbeats
 from vqa_embeddings.store.parts import (
     OldRows,
     Part,
@@ -98,32 +98,32 @@ def check(options: MergeOptions, world: World = ALONE) -> Outcome | None:
     Returns:
         What rank 0 has found; `None` at the others.
     Raises:
-        Refused: the folder holds no run; with `verify` also as `merge`.
+        InputError: the folder holds no run; with `verify` also as `merge`.
     """
     folder = options.output_dir
     if not options.verify:
         if not world.main:
             return None
         run = read_run(folder)
-        return _look_only(folder, look(folder, run, read_run_rows(folder, run)))
+        return _look_only(folder, scan(folder, run, read_run_rows(folder, run)))
     with _crew(options, world) as workers:
         if workers is None:
             return None
         findings = _find(options, workers)
     to_write = sum(plan.action == WRITE for plan in findings.plans)
-    hashed = f"{len(findings.holdings.segments)} segments and {len(findings.found)} parts were hashed"
-    return _look_only(folder, findings.holdings, f"{hashed}; a merge would write {to_write} parts")
+    hashed = f"{len(findings.catalog.segments)} segments and {len(findings.found)} parts were hashed"
+    return _look_only(folder, findings.catalog, f"{hashed}; a merge would write {to_write} parts")
 
 
-def _look_only(folder: Path, holdings: Holdings, *verified: str) -> Outcome:
+def _look_only(folder: Path, catalog: Catalog, *verified: str) -> Outcome:
     committed: dict[str, tuple[int, int]] = {}
-    for segment in holdings.segments:
+    for segment in catalog.segments:
         extracted, failed = committed.get(segment.path.parent.name, (0, 0))
         committed[segment.path.parent.name] = extracted + len(segment.rows), failed + len(segment.failed)
-    shards = [*describe_shards(committed, read_paces(folder), time.time()), *verified]
-    coverage = holdings.coverage()
-    truncated = int(holdings.truncated(coverage).sum())
-    return Outcome(holdings.run, coverage, [], holdings.corrupt, 0, 0, truncated, shards)
+    shards = [*describe_shards(committed, read_heartbeats(folder), time.time()), *verified]
+    coverage = catalog.coverage()
+    truncated = int(catalog.truncated(coverage).sum())
+    return Outcome(catalog.run, coverage, [], catalog.corrupt, 0, 0, truncated, shards)
 
 
 def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
@@ -134,7 +134,7 @@ def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
     Returns:
         What rank 0 has found and done; `None` at the others.
     Raises:
-        Refused: the folder holds no run, or parts of another size.
+        InputError: the folder holds no run, or parts of another size.
     """
     with _crew(options, world) as workers:
         return None if workers is None else _merge(options, _find(options, workers), workers)
@@ -149,12 +149,12 @@ class _Findings:
     """What a merge finds before it changes anything.
 
     Attributes:
-        holdings: without what is damaged, and with its names.
+        catalog: without what is damaged, and with its names.
         known: the SHA-256 that each part may have, by file name.
         found: the SHA-256 of the parts that were hashed, by file name.
     """
 
-    holdings: Holdings
+    catalog: Catalog
     coverage: Coverage
     plans: list[PartPlan]
     known: dict[str, set[str]]
@@ -165,46 +165,46 @@ def _find(options: MergeOptions, workers: Workers) -> _Findings:
     """Verify the segments, and of the parts those in doubt, or with `verify` all. Nothing is written."""
     folder = options.output_dir
     run = read_run(folder)
-    holdings = look(folder, run, read_run_rows(folder, run), verify=workers)
-    _check_part_size(holdings.parts, options.part_size)
+    catalog = scan(folder, run, read_run_rows(folder, run), verify=workers)
+    _check_part_size(catalog.parts, options.part_size)
     known = recorded_hashes(folder)
-    holdings = _recorded(holdings, known)
-    coverage, plans = _plan(holdings, options)
-    suspects = holdings.parts if options.verify else _in_doubt(holdings.parts, plans, known)
+    catalog = _recorded(catalog, known)
+    coverage, plans = _plan(catalog, options)
+    suspects = catalog.parts if options.verify else _in_doubt(catalog.parts, plans, known)
     found = _hash(suspects, known, workers)
     damaged = _find_damaged(suspects, known, found)
     if damaged:
-        holdings = _without(holdings, damaged)
-        coverage, plans = _plan(holdings, options)
-    return _Findings(holdings, coverage, plans, known, found)
+        catalog = _without(catalog, damaged)
+        coverage, plans = _plan(catalog, options)
+    return _Findings(catalog, coverage, plans, known, found)
 
 
 def _merge(options: MergeOptions, findings: _Findings, workers: Workers) -> Outcome:
-    folder, holdings, coverage = options.output_dir, findings.holdings, findings.coverage
-    _set_damaged_aside(folder, holdings.corrupt)
+    folder, catalog, coverage = options.output_dir, findings.catalog, findings.coverage
+    _set_damaged_aside(folder, catalog.corrupt)
     to_write = [plan for plan in findings.plans if plan.action == WRITE]
-    jobs = (_job(options, holdings, coverage, plan) for plan in to_write)
+    jobs = (_job(options, catalog, coverage, plan) for plan in to_write)
     found = findings.found | {path.name: digest for path, digest in workers(write_part, jobs)}
-    parts = _parts_now(options, holdings, coverage, findings.plans)
+    parts = _parts_now(options, catalog, coverage, findings.plans)
     known = {name: next(iter(one)) for name, one in findings.known.items()}  # of several, the one that was found
     hashes = known | found
     entries = [_entry(part, hashes.get(part.path.name)) for part in parts]
-    truncated = int(holdings.truncated(coverage).sum())
-    outcome = Outcome(holdings.run, coverage, entries, holdings.corrupt, len(to_write), 0, truncated)
-    summary, failures = _report(folder, holdings, outcome)
+    truncated = int(catalog.truncated(coverage).sum())
+    outcome = Outcome(catalog.run, coverage, entries, catalog.corrupt, len(to_write), 0, truncated)
+    summary, failures = _report(folder, catalog, outcome)
     _withdraw(parts, entries)
-    read = _Reader(holdings, coverage, parts, {entry["file"]: entry["sha256"] for entry in entries}, set(found))
-    write_report(folder, holdings, coverage, failures, summary, read)
-    return replace(outcome, pruned=_prune(holdings, parts, entries, workers)) if options.prune else outcome
+    read = _Reader(catalog, coverage, parts, {entry["file"]: entry["sha256"] for entry in entries}, set(found))
+    write_report(folder, catalog, coverage, failures, summary, read)
+    return replace(outcome, pruned=_prune(catalog, parts, entries, workers)) if options.prune else outcome
 
 
-def _plan(holdings: Holdings, options: MergeOptions) -> tuple[Coverage, list[PartPlan]]:
-    coverage = holdings.coverage()
-    there = {part.number: part.rows for part in holdings.parts if part.layout == options.layout}
+def _plan(catalog: Catalog, options: MergeOptions) -> tuple[Coverage, list[PartPlan]]:
+    coverage = catalog.coverage()
+    there = {part.number: part.rows for part in catalog.parts if part.layout == options.layout}
     return coverage, plan_parts(coverage, options.part_size, there)
 
 
-def _parts_now(options: MergeOptions, holdings: Holdings, coverage: Coverage, plans: Sequence[PartPlan]) -> list[Part]:
+def _parts_now(options: MergeOptions, catalog: Catalog, coverage: Coverage, plans: Sequence[PartPlan]) -> list[Part]:
     """The parts that are there after the merge: those that were planned, and those that wait or are of another layout.
 
     All of them stay in the record: rows that a part alone holds go on into the one that replaces it, and into other
@@ -224,7 +224,7 @@ def _parts_now(options: MergeOptions, holdings: Holdings, coverage: Coverage, pl
         if plan.action in (KEEP, WRITE)
     ]
     paths = {part.path for part in planned}
-    return planned + [part for part in holdings.parts if part.path not in paths]
+    return planned + [part for part in catalog.parts if part.path not in paths]
 
 
 def _in_doubt(parts: Sequence[Part], plans: Sequence[PartPlan], known: dict[str, set[str]]) -> list[Part]:
@@ -248,16 +248,16 @@ def _find_damaged(parts: Sequence[Part], known: dict[str, set[str]], found: dict
     return [Corrupt(path, "its SHA-256 is not the one that coverage.json recorded") for path in damaged]
 
 
-def _without(holdings: Holdings, damaged: Sequence[Corrupt]) -> Holdings:
+def _without(catalog: Catalog, damaged: Sequence[Corrupt]) -> Catalog:
     paths = {corrupt.path for corrupt in damaged}
-    kept = [part for part in holdings.parts if part.path not in paths]
-    return replace(holdings, parts=kept, corrupt=[*holdings.corrupt, *damaged])
+    kept = [part for part in catalog.parts if part.path not in paths]
+    return replace(catalog, parts=kept, corrupt=[*catalog.corrupt, *damaged])
 
 
 def _check_part_size(parts: Sequence[Part], size: int) -> None:
     other = next((part for part in parts if part.size != size), None)
     if other is not None:
-        raise Refused(
+        raise InputError(
             f"{other.path} was made with --part-size {other.size}, found --part-size {size} now; "
             f"use {other.size} again, or move the parts away"
         )
@@ -282,18 +282,18 @@ def _set_damaged_aside(folder: Path, corrupt: Sequence[Corrupt]) -> None:
             set_aside(checksum_path(damaged.path))
 
 
-def _recorded(holdings: Holdings, known: dict[str, set[str]]) -> Holdings:
+def _recorded(catalog: Catalog, known: dict[str, set[str]]) -> Catalog:
     """Without the parts that no merge has recorded, where the segments can make them anew."""
-    in_segments = np.zeros(len(holdings.table), bool)
-    for segment in holdings.segments:
+    in_segments = np.zeros(len(catalog.table), bool)
+    for segment in catalog.segments:
         in_segments[segment.rows] = True
-    kept = [part for part in holdings.parts if part.path.name in known or not in_segments[part.rows].all()]
-    return replace(holdings, parts=kept)
+    kept = [part for part in catalog.parts if part.path.name in known or not in_segments[part.rows].all()]
+    return replace(catalog, parts=kept)
 
 
-def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: PartPlan) -> PartJob:
+def _job(options: MergeOptions, catalog: Catalog, coverage: Coverage, plan: PartPlan) -> PartJob:
     rows = plan.first + np.flatnonzero(coverage.extracted[plan.first : plan.last])
-    parts = [part for part in holdings.parts if part.number == plan.number]
+    parts = [part for part in catalog.parts if part.number == plan.number]
     return PartJob(
         path=part_path(options.output_dir, options.layout, plan.number),
         layout=options.layout,
@@ -301,9 +301,9 @@ def _job(options: MergeOptions, holdings: Holdings, coverage: Coverage, plan: Pa
         first=plan.first,
         last=plan.last,
         size=options.part_size,
-        rows=select(holdings.table, range(plan.first, plan.last)),
-        sources=_find_sources(holdings.segments, parts, coverage, rows),
-        run=holdings.run,
+        rows=select(catalog.table, range(plan.first, plan.last)),
+        sources=_find_sources(catalog.segments, parts, coverage, rows),
+        run=catalog.run,
         compression=options.compression,
     )
 
@@ -340,10 +340,10 @@ def _entry(part: Part, digest: str | None) -> dict[str, Any]:
     }
 
 
-def _report(folder: Path, holdings: Holdings, outcome: Outcome) -> tuple[dict[str, Any], dict[int, Failed]]:
+def _report(folder: Path, catalog: Catalog, outcome: Outcome) -> tuple[dict[str, Any], dict[int, Failed]]:
     """Write the lists and `coverage.json`. Returns what that says, and why rows failed."""
     coverage = outcome.coverage
-    failures = holdings.failures(coverage.failed)
+    failures = catalog.failures(coverage.failed)
     _list_rows(folder, coverage, failures)
     summary = {
         "rows": len(coverage.extracted),
@@ -371,16 +371,16 @@ class _Reader:
         verified: the names of those whose hash was seen by this merge; a part that has another one is passed over.
     """
 
-    holdings: Holdings
+    catalog: Catalog
     coverage: Coverage
     parts: Sequence[Part]
     recorded: dict[str, str]
     verified: set[str]
 
     def __call__(self, rows: np.ndarray) -> list[Extracted]:
-        table, run = self.holdings.table, self.holdings.run
+        table, run = self.catalog.table, self.catalog.run
         stretches = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        segments = self.holdings.segments
+        segments = self.catalog.segments
         sources = (s for some in stretches for s in _find_sources(segments, self.parts, self.coverage, some))
         return [record for s in sources if self._is_whole(s) for record in read_source(s, table, 0, run)]
 
@@ -410,15 +410,15 @@ def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) 
     publish(folder / MISSING_FILE, lambda missing: publish(folder / FAILED_FILE, lambda failed: write(missing, failed)))
 
 
-def _prune(holdings: Holdings, parts: Sequence[Part], entries: Sequence[dict[str, Any]], workers: Workers) -> int:
+def _prune(catalog: Catalog, parts: Sequence[Part], entries: Sequence[dict[str, Any]], workers: Workers) -> int:
     """Remove the segments all of whose rows lie in parts whose hash holds at this moment."""
-    safe = np.zeros(len(holdings.table), bool)
+    safe = np.zeros(len(catalog.table), bool)
     hashes = workers(sha256, [part.path for part in parts])
     for part, entry, found in zip(parts, entries, hashes, strict=True):
         if found == entry["sha256"]:
             safe[part.rows] = True
     pruned = 0
-    for segment in holdings.segments:
+    for segment in catalog.segments:
         if safe[segment.rows].all() and safe[segment.failed].all():
             segment.path.unlink()
             checksum_path(segment.path).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.store.heartbeat import PACE_FILE, WRITE_SECONDS, PaceWriter, read_latest
+from vqa_embeddings.store.heartbeat import HEARTBEAT_FILE, WRITE_SECONDS, HeartbeatWriter, read_latest
 from vqa_embeddings.store.run import shard_folder
 
 BAR_SECONDS = 0.5  # between two looks of the bar in a terminal
@@ -37,11 +37,11 @@ class Progress:
             rows_of_all: that all its ranks are.
         """
         self._done = self._failed = 0
-        self._pace = PaceWriter(folder, launch, world.rank, rows)
+        self._pace = HeartbeatWriter(folder, launch, world.rank, rows)
         together = world.size > 1 and world.can_agree
         self._bar = _Bar(rows_of_all if together else rows) if world.main else None
         others = [rank for rank in range(world.size) if rank != world.rank] if together and world.main else []
-        self._others = _Others([shard_folder(folder, launch, rank) / PACE_FILE for rank in others])
+        self._others = _Others([shard_folder(folder, launch, rank) / HEARTBEAT_FILE for rank in others])
 
     def __enter__(self) -> Progress:
         return self

@@ -23,15 +23,16 @@ from types import FrameType
 
 import numpy as np
 
+from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.console import REFUSED, speak
 from vqa_embeddings.base.files import publish_text
-from vqa_embeddings.cli.options import ExtractOptions, parse_extract
+from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.sharding import choose_slice
 from vqa_embeddings.cluster.signals import StopFlag
 from vqa_embeddings.cluster.world import QueuedJob, read_array_slice, read_queued_job, same_command
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.errors import Refused, StorageFailed, one_line
-from vqa_embeddings.store.catalog import look
+from vqa_embeddings.errors import InputError, StorageError, one_line
+from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import SHARDS_FOLDER, Run, read_run, read_run_rows
 
 FRUITLESS_RUNS = 2  # in a row, after which a job does not go back into the queue by itself
@@ -123,8 +124,8 @@ class Slice:
         """The rows that are missing now, or have failed where those are to be tried again."""
         try:
             run, table, inside = self._known = self._known or self._read()
-            coverage = look(self._options.output_dir, run, table).coverage()
-        except (Refused, StorageFailed, OSError):  # as the launch will be, and says why
+            coverage = scan(self._options.output_dir, run, table).coverage()
+        except (InputError, StorageError, OSError):  # as the launch will be, and says why
             return Left()
         pending = coverage.failed if self._options.retry_failed else coverage.missing
         return Left(int(np.count_nonzero(inside & pending)), int(np.count_nonzero(inside)))
@@ -144,7 +145,7 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
         before: what was left when this run began.
     """
     fruitless = count_fruitless(_read_record(record, before) if job.restarts else 0, before, left)
-    with suppress(StorageFailed, OSError):  # a full disk must not keep the job from going on
+    with suppress(StorageError, OSError):  # a full disk must not keep the job from going on
         record.parent.mkdir(parents=True, exist_ok=True)
         publish_text(record, f"{fruitless} {left.rows}\n")
     try:

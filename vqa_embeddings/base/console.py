@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
-from vqa_embeddings.errors import SAME_COMMAND, NothingFinite, Refused, StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, InputError, NothingFinite, StorageError
 
 if TYPE_CHECKING:
     from vqa_embeddings.cluster.world import World
@@ -45,7 +45,7 @@ def wait_aloud(world: World, speakers: Container[int], for_whom: Callable[[], st
         yield
         return
     over = threading.Event()
-    reminder = threading.Thread(target=keep_reminding, args=(world.rank, for_whom, over.wait), daemon=True)
+    reminder = threading.Thread(target=remind_while_waiting, args=(world.rank, for_whom, over.wait), daemon=True)
     reminder.start()
     try:
         yield
@@ -54,7 +54,7 @@ def wait_aloud(world: World, speakers: Container[int], for_whom: Callable[[], st
         reminder.join()  # a process that ends while a thread is inside torch's store is aborted
 
 
-def keep_reminding(rank: int, for_whom: Callable[[], str], over: Callable[[float], object]) -> None:
+def remind_while_waiting(rank: int, for_whom: Callable[[], str], over: Callable[[float], object]) -> None:
     """Say that this rank waits, and for whom, until that is over.
 
     Args:
@@ -66,7 +66,7 @@ def keep_reminding(rank: int, for_whom: Callable[[], str], over: Callable[[float
         pause = REMINDER_SECONDS
 
 
-def refuse(refusal: Refused, world: World) -> int:
+def refuse(refusal: InputError, world: World) -> int:
     """Say why nothing was done, and give the exit status.
 
     All ranks mostly refuse for the same reason. The main one says it; the others wait a moment, in which their
@@ -78,7 +78,7 @@ def refuse(refusal: Refused, world: World) -> int:
     return REFUSED
 
 
-def fail(failure: StorageFailed | NothingFinite | OSError, world: World, resume: str = SAME_COMMAND) -> int:
+def fail(failure: StorageError | NothingFinite | OSError, world: World, resume: str = SAME_COMMAND) -> int:
     """Say what has ended this rank's work, and give the exit status. What the system has not said is raised again.
 
     Args:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vqa_embeddings.errors import SAME_COMMAND, StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, StorageError
 
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
@@ -29,7 +29,7 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
     Returns:
         Whether the file under that name is the one that was made.
     Raises:
-        StorageFailed: the disk is full, or gone, or does not take the file.
+        StorageError: the disk is full, or gone, or does not take the file.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -43,7 +43,7 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
     except FileExistsError:
         return False
     except OSError as error:
-        raise StorageFailed(
+        raise StorageError(
             f"{path} cannot be written ({error.strerror or error}); what was committed before is safe, "
             f"make room or mend the disk, and {SAME_COMMAND}"
         ) from error
@@ -115,7 +115,7 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: it is not there.
-        StorageFailed: it cannot be read, which says nothing about what it holds.
+        StorageError: it cannot be read, which says nothing about what it holds.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def list_folder(folder: Path) -> list[Path]:
     """What lies in a folder, by name; nothing where there is none. `Path.glob` takes what cannot be read for empty.
 
     Raises:
-        StorageFailed: it cannot be read.
+        StorageError: it cannot be read.
     """
     try:
         with reading(folder):
@@ -152,7 +152,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content.
 
     Raises:
-        StorageFailed: the source cannot be read.
+        StorageError: the source cannot be read.
         OSError: the target cannot be written.
     """
     try:
@@ -172,5 +172,5 @@ def sync_and_hash(path: Path) -> str:
     return digest
 
 
-def _not_read(path: Path, error: OSError) -> StorageFailed:
-    return StorageFailed(f"{path} cannot be read ({error.strerror or error}); mend the disk, and {SAME_COMMAND}")
+def _not_read(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path} cannot be read ({error.strerror or error}); mend the disk, and {SAME_COMMAND}")

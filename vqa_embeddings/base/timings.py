@@ -11,7 +11,7 @@ from contextlib import contextmanager
 OUTSIDE = ("waiting for pictures", "waiting for the disk", "records")
 
 
-class Stages:
+class Timings:
     """Adds up wall time by stage. On a GPU work is only queued by most stages, and waited for by those that read it."""
 
     def __init__(self) -> None:

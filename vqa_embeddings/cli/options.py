@@ -1,4 +1,4 @@
-"""The options of both programs: parsed, checked, and kept in one frozen dataclass each. Imports nothing slow."""
+"""The command lines of both programs: parsed and checked. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -7,58 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
-MODEL = "microsoft/Phi-4-multimodal-instruct"
-MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there too
+from vqa_embeddings.app.options import ExtractOptions, MergeOptions
+from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS
+from vqa_embeddings.models.hub import MODEL, MODEL_CACHE
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 LORA = ("merged", "adapter", "none")
 TRUNCATED = ("fail", "show")
-MAX_MEGAPIXELS = 178.9
 MOST_MEGAPIXELS = 1e6  # a larger limit is a slip
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """What `extract_dist.py` was asked to do. With `--demo`, `None` stands for the demo's own."""
-
-    vqa_dataset: Path | None
-    images_dir: Path | None
-    output_dir: Path
-    model: str | None
-    revision: str | None
-    cache_dir: Path | None  # None: `./model_cache` or the hub library's, see `hub.choose_cache`
-    checkpoint_interval: int
-    test: bool
-    plan: bool
-    demo: bool
-    dtype: str
-    attn_implementation: str
-    batch_size: int | None  # None: found from the free memory
-    max_new_tokens: int
-    num_workers: int | None  # None: chosen by the device
-    slice: tuple[int, int] | None
-    retry_failed: bool
-    lora: str
-    pixel_mean: bool
-    truncated_pictures: str
-    max_megapixels: float
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What `merge_shards.py` was asked to do."""
-
-    output_dir: Path
-    check: bool
-    verify: bool
-    part_size: int
-    layout: str
-    compression: str
-    jobs: int
-    prune: bool
 
 
 def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> ExtractOptions:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vqa_embeddings.base.console import keep_reminding
+from vqa_embeddings.base.console import remind_while_waiting
 from vqa_embeddings.cluster.signals import follow_parent, start_child
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import InputError, one_line
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
@@ -86,14 +86,14 @@ def begin_aloud(rank: int, size: int) -> Iterator[None]:
 def remind_of_others(rank: int, size: int, parent: int) -> None:
     """What the process that `begin_aloud` starts does."""
     follow_parent(signal.SIGKILL, parent)
-    keep_reminding(rank, lambda: f"the other ranks of {size} to begin MPI", time.sleep)
+    remind_while_waiting(rank, lambda: f"the other ranks of {size} to begin MPI", time.sleep)
 
 
 def agree_on_key(family: str, rank: int, size: int) -> str | None:
     """A name that all ranks of this launch have in common with no other launch; None where MPI cannot tell them.
 
     Raises:
-        Refused: MPI was there and did not work, so that the other ranks may think otherwise.
+        InputError: MPI was there and did not work, so that the other ranks may think otherwise.
     """
     # MPICH's launcher talks to its ranks through a descriptor that they inherit.
     streams = {"close_fds": False, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
@@ -102,12 +102,12 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
         said, _ = child.communicate(timeout=MEETING_SECONDS)
     except subprocess.TimeoutExpired:
         child.kill()
-        raise Refused(
+        raise InputError(
             f"rank {rank} waited {MEETING_SECONDS} s for the other {size - 1} ranks to begin MPI; "
             "see whether all of them have started, and begin again"
         ) from None
     if child.returncode:
-        raise Refused(
+        raise InputError(
             f"rank {rank} could not begin MPI (status {child.returncode}, MPI's own message is above); "
             "mend it, or take mpi4py out of the environment: the ranks do without"
         )

@@ -1,4 +1,4 @@
-"""Who this process is: rank, launcher, array slice. The only module that reads the environment.
+"""Who this process is: rank, launcher, array slice. The environment is read here, and in `base.environment`.
 
 A single process takes the same path as a thousand. After `from_rank_zero`, at start-up, no rank ever waits for
 another.
@@ -21,14 +21,13 @@ from vqa_embeddings.base.console import say_for_rank, wait_aloud
 from vqa_embeddings.base.files import publish
 from vqa_embeddings.cluster.mpi import MPICH, OPEN_MPI, agree_on_key
 from vqa_embeddings.cluster.signals import follow_parent
-from vqa_embeddings.errors import SAME_COMMAND, Refused, one_line
+from vqa_embeddings.errors import SAME_COMMAND, InputError, one_line
 
 START_UP_SECONDS = 3600  # rank 0 may have 100,000 segments to look into before it knows what is left
 STAND_IN_SECONDS = 300  # after which the next rank makes the plan, where rank 0 may have died before it could
 LONGEST_PAUSE = 2.0  # seconds between two looks for a file: a thousand ranks ask the same metadata server
 STORE_BYTES = 4 << 20  # of one value: torch's key-value store cuts the connection above 8 MiB
 ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
-HUB_CACHE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")  # where the hub library has its cache
 NAMED_RANKS = 5  # of those that are waited for
 PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which ranks agree
 
@@ -61,7 +60,7 @@ def read_world() -> World:
     A launcher that would leave its ranks behind has them asked to stop when it ends.
 
     Raises:
-        Refused: as `read_ranks`; or MPI is there and does not work.
+        InputError: as `read_ranks`; or MPI is there and does not work.
     """
     world = read_ranks()
     if world.launcher == "torchrun" or _is_child_of_accelerate():
@@ -80,7 +79,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> World:
     under `sbatch` alone, which has no step, is one process whatever `SLURM_NTASKS` says.
 
     Raises:
-        Refused: the variables say what cannot be, or each task of one launcher has begun another one.
+        InputError: the variables say what cannot be, or each task of one launcher has begun another one.
     """
     outer = _read_mpi(environment) or _read_step(environment) or World()
     return _read_torchrun(environment, outer) or outer
@@ -106,7 +105,7 @@ def _read_torchrun(env: Mapping[str, str], outer: World) -> World | None:
     rank, size = _read_place(env, "RANK", "WORLD_SIZE")
     if outer.size > 1 and _read_number(env, "GROUP_WORLD_SIZE", "1") < 2:
         launcher = "mpirun" if outer.launcher == "mpi" else outer.launcher
-        raise Refused(
+        raise InputError(
             f"found RANK={rank} and WORLD_SIZE={size} in task {outer.rank} of {outer.size} of {launcher}: each task "
             f"begins a launch of its own, and would extract every row; use {launcher} or torchrun alone, or one "
             "torchrun a node, with --nnodes"
@@ -161,24 +160,19 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _impossible(env: Mapping[str, str], names: Sequence[str], expected: str) -> Refused:
+def _impossible(env: Mapping[str, str], names: Sequence[str], expected: str) -> InputError:
     found = " and ".join(f"{name}={env[name]}" if name in env else f"no {name}" for name in names)
-    return Refused(
+    return InputError(
         f"found {found} in the environment, expected {expected}; "
         "begin with a launcher that sets them all, or take them out of the environment"
     )
-
-
-def working_folder(environment: Mapping[str, str] = os.environ) -> str:
-    """The folder that the shell believes to be in, by the links that led there; it may be another one, or none."""
-    return environment.get("PWD", "")
 
 
 def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """The slice of a task of a Slurm array: its index, and how many tasks there are.
 
     Raises:
-        Refused: the array's task numbers are not evenly spaced, or are no numbers.
+        InputError: the array's task numbers are not evenly spaced, or are no numbers.
     """
     env = environment
     if "SLURM_ARRAY_TASK_ID" not in env:
@@ -187,7 +181,7 @@ def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, 
     task, first, count, step = (_read_number(env, f"SLURM_ARRAY_TASK_{name}", usual[name]) for name in usual)
     index, rest = divmod(task - first, step) if step else (-1, 0)
     if rest or not 0 <= index < count:
-        raise Refused(
+        raise InputError(
             f"array task {task} of {count} tasks from {first} in steps of {step} has no place in an even split; "
             "give --slice i/n, or use an array such as 0-7"
         )
@@ -202,7 +196,7 @@ def same_command(given: tuple[int, int] | None, environment: Mapping[str, str] =
             one that was begun inside the array still has.
     """
     array = None
-    with suppress(Refused):
+    with suppress(InputError):
         array = read_array_slice(environment)
     if given or not array or array[1] == 1:
         return SAME_COMMAND
@@ -232,11 +226,6 @@ def read_queued_job(environment: Mapping[str, str] = os.environ) -> QueuedJob | 
     return QueuedJob(name, int(env.get("SLURM_RESTART_COUNT", "0")))
 
 
-def names_hub_cache(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment says where the hub library has its cache."""
-    return any(environment.get(name) for name in HUB_CACHE)
-
-
 def new_launch() -> str:
     """A name for one launch: when it began, and a token, so that no two launches share it."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -250,7 +239,7 @@ def from_rank_zero(world: World, folder: Path, make: Callable[[], bytes]) -> byt
     their own.
 
     Raises:
-        Refused: rank 0 has refused, or has failed to make it; or the ranks do not meet.
+        InputError: rank 0 has refused, or has failed to make it; or the ranks do not meet.
     """
     if world.size == 1 or not world.can_agree:
         return make()
@@ -260,7 +249,7 @@ def from_rank_zero(world: World, folder: Path, make: Callable[[], bytes]) -> byt
         try:
             return _through_store(world, folder, make)
         except DistError as error:
-            raise Refused(
+            raise InputError(
                 f"rank {world.rank} has not met the other ranks of {world.size} ({one_line(error)}); "
                 "see whether all of them have started, and begin again"
             ) from None
@@ -343,7 +332,7 @@ def _through_file(world: World, folder: Path, make: Callable[[], bytes]) -> byte
         path.with_name(path.name + taken).touch()
     kind, _, payload = path.read_bytes().partition(b"\n")
     if kind != PLAN:
-        raise Refused(payload.decode())
+        raise InputError(payload.decode())
     return payload
 
 
@@ -352,7 +341,7 @@ def _publish_plan(path: Path, make: Callable[[], bytes]) -> None:
     try:
         content = PLAN + b"\n" + make()
     except Exception as error:
-        reason = str(error) if isinstance(error, Refused) else f"another rank could not begin: {one_line(error)}"
+        reason = str(error) if isinstance(error, InputError) else f"another rank could not begin: {one_line(error)}"
         told = NO_PLAN + b"\n" + reason.encode(errors="backslashreplace")
         publish(path, lambda temporary: temporary.write_bytes(told), replace=False)
         raise

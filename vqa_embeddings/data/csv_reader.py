@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from vqa_embeddings.data.columns import IDENTITY, NEEDED, count_needed
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 
 DELIMITERS = (",", ";", "\t", "|")  # the first that fits
 BYTE_ORDER_MARK = "\ufeff"
@@ -46,7 +46,7 @@ def read_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV with the line each begins on, all as long as the first; blank lines are no records.
 
     Raises:
-        Refused: the file cannot be read, or a record is no CSV or of another length; the line is named.
+        InputError: the file cannot be read, or a record is no CSV or of another length; the line is named.
     """
     csv.field_size_limit(FIELD_CHARACTERS)
     line = 1
@@ -62,21 +62,23 @@ def read_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 if row:
                     width = width or len(row)
                     if len(row) != width:
-                        raise Refused(
+                        raise InputError(
                             f"{path} line {line} has {len(row)} fields; expected {width}, as in its header: "
                             "mend that line"
                         )
                     yield line, row
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise Refused(f"{path} line {line} is not CSV ({error}); check the quotation marks from there on") from None
+            raise InputError(
+                f"{path} line {line} is not CSV ({error}); check the quotation marks from there on"
+            ) from None
 
 
 def find_delimiter(path: Path) -> str:
     """The delimiter under which the header names all columns that are needed, else the most of them, else a comma.
 
     Raises:
-        Refused: the file is JSON.
+        InputError: the file is JSON.
     """
     counts = {delimiter: count_needed(_header(path, delimiter)) for delimiter in DELIMITERS}
     best = max(DELIMITERS, key=counts.__getitem__)
@@ -100,10 +102,10 @@ def check_text(path: Path) -> None:
             except UnicodeDecodeError as error:
                 name = "UTF-16" if encoding == "utf-16" else "UTF-8"
                 byte = end - len(error.object) + error.start
-                raise Refused(f"{path} is not {name} text (byte {byte}); save it as UTF-8 CSV") from None
+                raise InputError(f"{path} is not {name} text (byte {byte}); save it as UTF-8 CSV") from None
             if "\0" in text:
                 line += text.count("\n", 0, text.index("\0"))
-                raise Refused(
+                raise InputError(
                     f"{path} line {line} holds a NUL character; expected text, remove it or export the table again"
                 )
             line += text.count("\n")
@@ -117,9 +119,9 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise Refused(f"{path} is not there; expected the CSV of questions, check --vqa-dataset") from None
+        raise InputError(f"{path} is not there; expected the CSV of questions, check --vqa-dataset") from None
     except OSError as error:
-        raise Refused(
+        raise InputError(
             f"{path} cannot be read ({error.strerror}); expected the CSV of questions, check its permissions"
         ) from None
 
@@ -127,7 +129,7 @@ def _refusing(path: Path) -> Iterator[None]:
 def _encoding(path: Path) -> str:
     """UTF-16 where the file begins with its byte-order mark, UTF-8 otherwise."""
     if path.exists() and not path.is_file():
-        raise Refused(f"{path} is not a regular file; expected the CSV of questions, write it to a file first")
+        raise InputError(f"{path} is not a regular file; expected the CSV of questions, write it to a file first")
     with _refusing(path), open(path, "rb") as stream:
         return "utf-16" if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
@@ -136,7 +138,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
     """The first record under a delimiter; none where it is no CSV under it, or there is none."""
     try:
         return next(read_records(path, delimiter), (0, []))[1]
-    except Refused:
+    except InputError:
         return []
 
 
@@ -165,6 +167,6 @@ def _is_json_lines(text: str) -> bool:
     return isinstance(found, dict) and (IDENTITY in found or rest.lstrip().startswith("{"))
 
 
-def _other_format(path: Path, name: str, conversion: str, part: str = "") -> Refused:
+def _other_format(path: Path, name: str, conversion: str, part: str = "") -> InputError:
     command = conversion.format(path=str(path), quoted=shlex.quote(str(path)), part=part)
-    return Refused(f"{path} is {name}; expected CSV, convert it: {command}")
+    return InputError(f"{path} is {name}; expected CSV, convert it: {command}")

@@ -23,11 +23,11 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from vqa_embeddings.cli.options import MAX_MEGAPIXELS
 from vqa_embeddings.cluster.signals import follow_parent, start_child
-from vqa_embeddings.data.picture_limits import Viewing, is_truncated, mark
+from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS, DecodeOptions
+from vqa_embeddings.data.picture_limits import is_truncated, mark
 from vqa_embeddings.data.pictures import TOO_LARGE, decode, read_file, unreadable
-from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, StorageFailed
+from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, StorageError
 
 START_SECONDS = 600.0  # in which a thousand ranks import from one file server
 OPEN_SECONDS = 120.0  # for reading a picture, which a busy file server takes its time for, and again for decoding it
@@ -41,11 +41,11 @@ STEP_DONE = b"+"  # said once at the start, and of each picture once its file is
 ANSWER = struct.Struct("!??qq")
 
 
-class Openers:
+class DecodePool:
     """Opens pictures like `open_picture`, for each thread in a process of its own."""
 
-    def __init__(self, viewing: Viewing | None = None) -> None:
-        self._viewing = viewing or Viewing()
+    def __init__(self, decode_options: DecodeOptions | None = None) -> None:
+        self._viewing = decode_options or DecodeOptions()
         self._of_thread = threading.local()
 
     def __call__(self, path: Path) -> Image.Image:
@@ -53,65 +53,65 @@ class Openers:
 
         Raises:
             PictureUnreadable: as `open_picture`; or the picture has ended its opener twice, or takes too long.
-            StorageFailed: no process can be started, or the file server does not answer.
+            StorageError: no process can be started, or the file server does not answer.
         """
         for _ in range(TRIES):
             opener = getattr(self._of_thread, "opener", None)
             try:
                 opener = self._of_thread.opener = opener or _start(self._viewing)
                 return opener.open(path)
-            except OpenerDied as died:
+            except DecoderDied as died:
                 self._of_thread.opener = None
                 reason = died
-                if isinstance(died, OpenerHung):
+                if isinstance(died, DecoderHung):
                     break
-        if isinstance(reason, NotStarted):
-            raise StorageFailed(f"{reason}; mend that, and {SAME_COMMAND}")
+        if isinstance(reason, DecoderNotStarted):
+            raise StorageError(f"{reason}; mend that, and {SAME_COMMAND}")
         raise unreadable(path, str(reason))
 
 
-class OpenerDied(Exception):
+class DecoderDied(Exception):
     """The process has ended while it opened a picture, and how."""
 
 
-class OpenerHung(OpenerDied):
+class DecoderHung(DecoderDied):
     """The process was ended, as it took too long."""
 
 
-class NotStarted(OpenerDied):
+class DecoderNotStarted(DecoderDied):
     """The process has ended before there was a picture."""
 
 
-def _start(viewing: Viewing) -> Opener:
+def _start(decode_options: DecodeOptions) -> DecodeProcess:
     for pause in PAUSES:
         with suppress(OSError):
-            return Opener(viewing)
+            return DecodeProcess(decode_options)
         time.sleep(pause)
     try:
-        return Opener(viewing)
+        return DecodeProcess(decode_options)
     except OSError as error:
-        raise StorageFailed(
+        raise StorageError(
             f"no process can be started that opens pictures ({error.strerror}); "
             f"end what else runs here, or ask for less (--num-workers), and {SAME_COMMAND}"
         ) from None
 
 
-class Opener:
+class DecodeProcess:
     """The process, and the pipes to it."""
 
-    def __init__(self, viewing: Viewing) -> None:
+    def __init__(self, decode_options: DecodeOptions) -> None:
         """Start it, and wait until it is ready.
 
         Raises:
             OSError: no process can be started.
-            NotStarted: it has ended at once.
-            StorageFailed: it takes too long.
+            DecoderNotStarted: it has ended at once.
+            StorageError: it takes too long.
         """
         ear, mouth = os.pipe()  # and not its standard output, on which any module may print
         self._answers = os.fdopen(ear, "rb", buffering=0)
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
-            settings = memory_for(viewing), *astuple(viewing)
+            settings = memory_for(decode_options), *astuple(decode_options)
             self._process = start_child(serve, *settings, mouth, pass_fds=[mouth], **streams)
         finally:
             os.close(mouth)
@@ -122,34 +122,34 @@ class Opener:
         with self._process.stderr as complaints:
             try:
                 self._read(len(STEP_DONE), START_SECONDS)
-            except OpenerHung:
-                raise StorageFailed(
+            except DecoderHung:
+                raise StorageError(
                     f"the process that opens pictures has not started within {START_SECONDS:.0f} s; "
                     f"mend the file server of the Python environment, and {SAME_COMMAND}"
                 ) from None
-            except OpenerDied:
+            except DecoderDied:
                 said = complaints.read().decode(errors="replace").strip().splitlines() or [self._end()]
-                raise NotStarted(f"the process that opens pictures ends at its start ({said[-1]})") from None
+                raise DecoderNotStarted(f"the process that opens pictures ends at its start ({said[-1]})") from None
 
     def open(self, path: Path) -> Image.Image:
         """The picture as RGB.
 
         Raises:
             PictureUnreadable: it is none.
-            OpenerDied: of this picture, or of something else.
-            OpenerHung: likewise.
-            StorageFailed: its file cannot be read in time.
+            DecoderDied: of this picture, or of something else.
+            DecoderHung: likewise.
+            StorageError: its file cannot be read in time.
         """
         name = os.fsencode(path)
         try:
             self._requests.write(struct.pack("!q", len(name)) + name)
             self._requests.flush()
         except OSError:  # it ended before this picture
-            raise OpenerDied(f"the process that opens pictures has ended ({self._end()})") from None
+            raise DecoderDied(f"the process that opens pictures has ended ({self._end()})") from None
         try:
             self._read(len(STEP_DONE), OPEN_SECONDS)
-        except OpenerHung:
-            raise StorageFailed(
+        except DecoderHung:
+            raise StorageError(
                 f"{path} has not been read within {OPEN_SECONDS:.0f} s; mend its file server, and {SAME_COMMAND}"
             ) from None
         good, truncated, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
@@ -167,10 +167,10 @@ class Opener:
         while room:
             if not any(self._ready.poll(1000 * SLICE_SECONDS) for _ in range(round(seconds / SLICE_SECONDS))):
                 self._process.kill()
-                raise OpenerHung(f"it has not been opened within {seconds:.0f} s")
+                raise DecoderHung(f"it has not been opened within {seconds:.0f} s")
             got = self._answers.readinto(room)
             if not got:
-                raise OpenerDied(f"it ends the process that opens it ({self._end()})")
+                raise DecoderDied(f"it ends the process that opens it ({self._end()})")
             room = room[got:]
         return data
 
@@ -179,16 +179,16 @@ class Opener:
         return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
-def memory_for(viewing: Viewing) -> int:
+def memory_for(decode_options: DecodeOptions) -> int:
     """Bytes of address space in which the largest picture can be opened."""
-    return round(MEMORY_BYTES * max(1.0, viewing.max_megapixels / MAX_MEGAPIXELS))
+    return round(MEMORY_BYTES * max(1.0, decode_options.max_megapixels / MAX_MEGAPIXELS))
 
 
 def serve(memory: int, max_megapixels: float, show_truncated: bool, answers: int, parent: int) -> None:
     """What the process does, with so many bytes: open one picture after another, until there are no more.
 
     Args:
-        max_megapixels, show_truncated: those of a `Viewing`.
+        max_megapixels, show_truncated: those of a `DecodeOptions`.
         answers: descriptor of the pipe that takes the answers.
     """
     follow_parent(signal.SIGKILL, parent)
@@ -197,22 +197,22 @@ def serve(memory: int, max_megapixels: float, show_truncated: bool, answers: int
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on only decoders complain, and nobody listens
-    viewing = Viewing(max_megapixels, show_truncated)
+    decode_options = DecodeOptions(max_megapixels, show_truncated)
     requests = sys.stdin.buffer
     with open(answers, "wb") as stream:
         _finish_step(stream)
         while head := requests.read(8):
-            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))), viewing)
+            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))), decode_options)
             stream.flush()
 
 
-def _answer(stream: BinaryIO, path: Path, viewing: Viewing) -> None:
+def _answer(stream: BinaryIO, path: Path, decode_options: DecodeOptions) -> None:
     try:
         try:
             data = read_file(path)
         finally:
             _finish_step(stream)
-        picture = decode(path, data, viewing)
+        picture = decode(path, data, decode_options)
         pixels = picture.tobytes()
     except (PictureUnreadable, MemoryError) as error:
         failure = error if isinstance(error, PictureUnreadable) else unreadable(path, TOO_LARGE)

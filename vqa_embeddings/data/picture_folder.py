@@ -10,22 +10,22 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 from unicodedata import normalize
 
+from vqa_embeddings.base.environment import working_folder
 from vqa_embeddings.base.file_names import from_disk, to_disk
-from vqa_embeddings.cluster.world import working_folder
 from vqa_embeddings.data.similar_names import Nearby
 from vqa_embeddings.errors import (
     SAME_COMMAND,
+    InputError,
     PictureNotFound,
     PictureOutsideFolder,
     PictureUnreadable,
-    Refused,
-    RowFailed,
-    StorageFailed,
+    RowError,
+    StorageError,
     quoted,
 )
 
 T = TypeVar("T")
-F = TypeVar("F", bound=RowFailed)
+F = TypeVar("F", bound=RowError)
 
 
 def _numbers(*names: str) -> set[int]:
@@ -54,11 +54,11 @@ class PictureFolder:
         """Take `path` for the folder.
 
         Raises:
-            Refused: it is none.
+            InputError: it is none.
         """
         if not path.is_dir():
             found = "is a file" if path.exists() else "is not there"
-            raise Refused(f"{path} {found}; expected the folder of pictures, check --images-dir")
+            raise InputError(f"{path} {found}; expected the folder of pictures, check --images-dir")
         self.path = path
         # As long as it is open, its numbers belong to no other folder. It may be one whose names must not be listed.
         self._held = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
@@ -73,8 +73,8 @@ class PictureFolder:
         """What `open_picture` makes of the picture `name`.
 
         Raises:
-            RowFailed: there is no such picture, or it is none.
-            StorageFailed: what it lies on has gone, or no longer works.
+            RowError: there is no such picture, or it is none.
+            StorageError: what it lies on has gone, or no longer works.
         """
         try:
             paths = places(self.path, self._names, name)
@@ -97,7 +97,7 @@ class PictureFolder:
         """Where the picture `name` lies; None where it does not."""
         try:
             return _find(places(self.path, self._names, name), name)
-        except RowFailed:
+        except RowError:
             return None
 
     def hint(self, name: str) -> str | None:
@@ -114,13 +114,13 @@ class PictureFolder:
     def _see_whether_all_is_there(self, paths: Sequence[Path], number: int) -> None:
         self._errors += number not in OF_THE_FILE
         if number in GONE or self._has_all_gone(number):
-            raise StorageFailed(
+            raise StorageError(
                 f"{paths[0]} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
                 f"mend the file server or the disk, and {SAME_COMMAND}"
             )
         changed = next(filter(None, map(self._find_change, paths)), None)
         if changed:
-            raise StorageFailed(
+            raise StorageError(
                 f"{changed} is no longer the folder that it was when this run began; mount it again, and {SAME_COMMAND}"
             )
 

@@ -6,23 +6,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from PIL import Image, ImageFile, PngImagePlugin
 
-from vqa_embeddings.cli.options import MAX_MEGAPIXELS
+from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.jpeg import lacks_end, mend
 
 CUT_OFF = "image file is truncated"  # how Pillow's error begins where a file ends before its pixels do
 TRUNCATED = "truncated"  # in a picture's `info`
-
-
-@dataclass(frozen=True)
-class Viewing:
-    """Choices of a launch on which the pixels of a whole picture do not depend."""
-
-    max_megapixels: float = MAX_MEGAPIXELS
-    show_truncated: bool = False  # what there is of a picture that is cut off
 
 
 class Unfit(Exception):
@@ -33,7 +24,7 @@ class Unfit(Exception):
         self.reason, self.advice = reason, advice
 
 
-def view(data: bytes, viewing: Viewing, see: Callable[[bytes], Image.Image]) -> Image.Image:
+def view(data: bytes, decode_options: DecodeOptions, see: Callable[[bytes], Image.Image]) -> Image.Image:
     """What `see` makes of a file with Pillow; `is_truncated` says whether it is all of the picture.
 
     Raises:
@@ -43,7 +34,7 @@ def view(data: bytes, viewing: Viewing, see: Callable[[bytes], Image.Image]) -> 
     if data[:4] == b"RIFF" and 8 + int.from_bytes(data[4:8], "little") > len(data):
         raise Unfit("it is cut off", "expected a whole one, mend or replace it")  # of a WEBP nothing can be shown
     try:
-        with _pillow(viewing.max_megapixels, show_truncated=False):
+        with _pillow(decode_options.max_megapixels, show_truncated=False):
             if not lacks_end(data):
                 try:
                     return mark(see(data), truncated=False)
@@ -53,13 +44,13 @@ def view(data: bytes, viewing: Viewing, see: Callable[[bytes], Image.Image]) -> 
             mended = mend(data)
             if mended is not None:
                 return mark(see(mended), truncated=False)
-        if not viewing.show_truncated:
+        if not decode_options.show_truncated:
             advice = "mend or replace it, or take what there is of it: --retry-failed --truncated-pictures show"
             raise Unfit("it is cut off", f"expected a whole one, {advice}")
-        with _pillow(viewing.max_megapixels, show_truncated=True):
+        with _pillow(decode_options.max_megapixels, show_truncated=True):
             return mark(see(data), truncated=True)
     except Image.DecompressionBombError as error:
-        raise _too_large(str(error), viewing.max_megapixels) from None
+        raise _too_large(str(error), decode_options.max_megapixels) from None
 
 
 def mark(picture: Image.Image, truncated: bool) -> Image.Image:

@@ -13,10 +13,11 @@ from typing import TypeVar
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqa_embeddings.base.file_names import from_disk
+from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.file_kinds import foreign
-from vqa_embeddings.data.picture_limits import Unfit, Viewing, view
+from vqa_embeddings.data.picture_limits import Unfit, view
 from vqa_embeddings.data.pixel_formats import MARKS, doubt
-from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, RowFailed, StorageFailed, one_line
+from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, RowError, StorageError, one_line
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -29,9 +30,9 @@ LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener take
 PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
-def open_picture(path: Path, viewing: Viewing | None = None) -> Image.Image:
+def open_picture(path: Path, decode_options: DecodeOptions | None = None) -> Image.Image:
     """The picture that lies at `path`, as `decode` gives it."""
-    return decode(path, read_file(path), viewing or Viewing())
+    return decode(path, read_file(path), decode_options or DecodeOptions())
 
 
 def read_file(path: Path) -> bytes:
@@ -48,7 +49,7 @@ def read_file(path: Path) -> bytes:
         raise unreadable(path, TOO_LARGE) from None
 
 
-def decode(path: Path, data: bytes, viewing: Viewing) -> Image.Image:
+def decode(path: Path, data: bytes, decode_options: DecodeOptions) -> Image.Image:
     """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
 
     Transparency, gamma and colour profiles are left out, as the published script does. Of 16 bits a channel the upper
@@ -57,13 +58,13 @@ def decode(path: Path, data: bytes, viewing: Viewing) -> Image.Image:
     Args:
         path: where it was read, for messages.
     Raises:
-        PictureUnreadable: it is no whole picture of a format in `FORMATS`, none for this `viewing`, or not of those
-            that were seen to be shown right (`samples`).
+        PictureUnreadable: it is no whole picture of a format in `FORMATS`, not within `decode_options`, or not of the
+            pixel formats that were seen to be decoded right (`pixel_formats`).
     """
     if reason := foreign(data) or doubt(data):
         raise refused(path, reason)
     try:
-        return view(data, viewing, _see)
+        return view(data, decode_options, _see)
     except Unfit as unfit:
         raise refused(path, f"{unfit.reason}; {unfit.advice}") from None
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
@@ -120,28 +121,28 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def read_ahead(
     keys: Iterable[K], prepare: Callable[[K], T], workers: int, stopping: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[K, T | RowFailed]]:
+) -> Iterator[tuple[K, T | RowError]]:
     """`prepare(key)` for every key in order, up to `2 * workers` of them made ahead in threads.
 
     Once `stopping` is true there are no more, and nobody waits for one that a thread may never have done reading.
 
     Yields:
-        The key, and what was made of it or the `RowFailed` that came instead. Any other error is raised here.
+        The key, and what was made of it or the `RowError` that came instead. Any other error is raised here.
     Raises:
-        StorageFailed: the next one does not come; time in which the process is suspended does not count.
+        StorageError: the next one does not come; time in which the process is suspended does not count.
     """
 
-    def attempt(key: K) -> T | RowFailed:
+    def attempt(key: K) -> T | RowError:
         try:
             return prepare(key)
-        except RowFailed as failure:
+        except RowError as failure:
             return failure
 
     if workers == 0:
         yield from ((key, attempt(key)) for key in takewhile(lambda _: not stopping(), keys))
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
-    waiting: deque[tuple[K, Future[T | RowFailed]]] = deque()
+    waiting: deque[tuple[K, Future[T | RowError]]] = deque()
     ahead = iter(keys)
     try:
         while True:
@@ -156,7 +157,7 @@ def read_ahead(
                 if wait([future], PATIENCE).done:
                     break
             else:
-                raise StorageFailed(
+                raise StorageError(
                     f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of "
                     f"{one_line(key)}; mend the file server, and {SAME_COMMAND}"
                 )

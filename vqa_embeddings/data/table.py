@@ -17,7 +17,7 @@ import numpy as np
 from vqa_embeddings.data import columns
 from vqa_embeddings.data.columns import Columns
 from vqa_embeddings.data.csv_reader import check_text, find_delimiter, read_records
-from vqa_embeddings.errors import Refused, one_line, quoted
+from vqa_embeddings.errors import InputError, one_line, quoted
 
 NAMED_ROWS = 3  # how many offending rows an error names
 BLOCK_ROWS = 1024  # of a table in memory: larger blocks are no faster to read, and slower to make
@@ -146,7 +146,7 @@ def read_table(path: Path, known: Mapping[str, str] | None = None, find_file: Fi
         known: the columns of the run that it belongs to, as `columns.choose` takes them.
         find_file: tells which of several columns names the pictures; without it the first that may.
     Raises:
-        Refused: the file is missing, not UTF-8 or UTF-16 text, no CSV, without the columns, or without rows; or an
+        InputError: the file is missing, not UTF-8 or UTF-16 text, no CSV, without the columns, or without rows; or an
             id is empty, ".", repeated, or holds a "/" or a NUL, none of which can name a group of an HDF5 file.
     """
     check_text(path)
@@ -160,12 +160,14 @@ def read_table(path: Path, known: Mapping[str, str] | None = None, find_file: Fi
     chosen = replace(columns.choose(header, known, files), delimiter=delimiter)
     for name in chosen.names.values():
         if header.count(name) > 1:
-            raise Refused(f"{path} has {header.count(name)} columns {name}; expected one, rename or remove the others")
+            raise InputError(
+                f"{path} has {header.count(name)} columns {name}; expected one, rename or remove the others"
+            )
     places = [header.index(name) for name in chosen.names.values()]
     taken = map(itemgetter(*places), chain(first, rows))
     table = Table.from_rows(taken if len(places) == 4 else ((*row, "") for row in taken), chosen)
     if not len(table):
-        raise Refused(f"{path} has a header and no rows; expected one question a row, check --vqa-dataset")
+        raise InputError(f"{path} has a header and no rows; expected one question a row, check --vqa-dataset")
     _check_ids(path, table.ids)
     return table
 
@@ -189,7 +191,7 @@ def select(table: Table, positions: Iterable[int]) -> Table:
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
     if not any(header):
-        raise Refused(
+        raise InputError(
             f"{path} is empty, or its first line names no column; expected a CSV with the columns question_id, "
             "image_id, question and answer"
         )
@@ -197,7 +199,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
     absent = [" or ".join(columns.NAMES[role]) for role in columns.NEEDED if not found[role]]
     if absent:
         shown = ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in header)
-        raise Refused(
+        raise InputError(
             f"{path} has no column {', '.join(absent)}; found {one_line(shown)}; rename its columns or add what lacks"
         )
 
@@ -212,7 +214,7 @@ def _look_for_files(
     values = list(zip(*spread, strict=True))
     files = {name: list(map(find_file, some)) for name, some in zip(candidates, values, strict=bool(values))}
     if values and not any(map(any, files.values())):
-        raise Refused(
+        raise InputError(
             f"{path} has the columns {' and '.join(candidates)}, and the first values of neither are pictures (such as "
             f"{' and '.join(quoted(next(filter(None, some), '')) for some in values)}); expected those of one to be, "
             "check --images-dir, or whether they lack their suffix"
@@ -235,7 +237,7 @@ def _check_ids(path: Path, ids: Sequence[str]) -> None:
             break
     if bad:
         named = "; ".join(f"line {line}: {bad[position]}" for position, line in _lines(path, bad))
-        raise Refused(
+        raise InputError(
             f"{path} holds ids that cannot be used ({named}); every {columns.IDENTITY} must be unique, "
             'not empty, not ".", and without "/": rename these'
         )

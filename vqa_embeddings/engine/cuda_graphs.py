@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.errors import one_line
-from vqa_embeddings.layers.device import is_out_of_memory, leave_capture, send
+from vqa_embeddings.layers.device import is_out_of_memory, leave_capture, to_device
 from vqa_embeddings.layers.kv_cache import Company
 
 PASSES_BEFORE_CAPTURE = 2  # of one shape: a rare one is not worth a graph, and what a library sets up must be there
@@ -30,7 +30,7 @@ class Step:
 
     def to(self, device: torch.device) -> Step:
         """The same on another device."""
-        return Step(self.company.to(device), send(self.newest, device), send(self.kept, device))
+        return Step(self.company.to(device), to_device(self.newest, device), to_device(self.kept, device))
 
     def clone(self) -> Step:
         """A copy in memory of its own."""

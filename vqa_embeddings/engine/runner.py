@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.engine.cuda_graphs import Step, Steps
-from vqa_embeddings.layers.device import free_memory, receive, send
+from vqa_embeddings.layers.device import free_memory, to_device, to_host
 from vqa_embeddings.layers.kv_cache import PAGE, CacheSize, Prefix, arrange
 from vqa_embeddings.models.phi4mm.decoder import Decoder
 
@@ -95,7 +95,7 @@ class Batch:
             made.append(self._read_questions(some, first))
             first += len(some)
         chosen, states = (torch.cat(tensors) for tensors in zip(*made, strict=True))
-        chosen, states, *others = receive(chosen, states, *beside)
+        chosen, states, *others = to_host(chosen, states, *beside)
         for row, token, state in zip(rows, chosen.tolist(), states.numpy(), strict=True):
             row.kept, row.newest, row.states = len(row.tokens), token, state
         self.rows += rows
@@ -135,7 +135,7 @@ class Batch:
         """
         device = self._decoder.device
         company, pages = arrange([row.prefix for row in rows])
-        company, where = company.to(device), send(torch.tensor(pages), device)
+        company, where = company.to(device), to_device(torch.tensor(pages), device)
         longest = max(len(row.tokens) for row in rows)
         limit = longest if len(rows) > 1 else max(1, SCORES_AT_ONCE // _scores(rows, self._decoder.heads, 1))
         for row in rows:
@@ -143,9 +143,9 @@ class Batch:
         for start in range(0, longest, limit):
             part = [row.tokens[start : start + limit] for row in rows]
             length = max(map(len, part))
-            tokens = send(torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in part]), device)
+            tokens = to_device(torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in part]), device)
             starts = torch.full((len(rows),), start, device=device)
-            ends = send(torch.tensor([len(tokens) - 1 for tokens in part]), device)
+            ends = to_device(torch.tensor([len(tokens) - 1 for tokens in part]), device)
             width = self._width(start + length)
             made = self._decoder.read_rows(self._cache, company, where, first, tokens, starts, ends, width)
         return made

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_embeddings.base.timings import Stages
-from vqa_embeddings.data.decode_pool import Openers
+from vqa_embeddings.base.timings import Timings
+from vqa_embeddings.data.decode_options import DecodeOptions
+from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.picture_limits import Viewing
 from vqa_embeddings.data.pictures import open_picture, read_ahead
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.runner import Batch, Seated, size_cache
-from vqa_embeddings.errors import NonFiniteValues, QuestionEmpty, RowFailed, StorageFailed
+from vqa_embeddings.errors import NonFiniteValues, QuestionEmpty, RowError, StorageError
 from vqa_embeddings.layers.device import is_out_of_memory
 from vqa_embeddings.layers.kv_cache import CacheSize, Prefix
 from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE
@@ -48,8 +48,8 @@ def extract(
     batch_size: int | None,
     workers: int,
     stopping: Callable[[], bool] = lambda: False,
-    stages: Stages | None = None,
-    viewing: Viewing | None = None,
+    stages: Timings | None = None,
+    decode_options: DecodeOptions | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `rows`, some at a time. What a row comes to does not depend on its company.
 
@@ -60,29 +60,29 @@ def extract(
         stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end; what would
             have to begin again, for want of memory or under the long rotary factors, is left to another run.
         stages: takes the time of what is done.
-        viewing: what is taken for a picture.
+        decode_options: what is taken for a picture.
     Yields:
         The records that one unit of work has finished, often none.
     Raises:
-        StorageFailed: the pictures have gone; after the records of those that had been read.
+        StorageError: the pictures have gone; after the records of those that had been read.
     """
-    open_ = Openers(viewing) if workers else partial(open_picture, viewing=viewing)
+    open_ = DecodePool(decode_options) if workers else partial(open_picture, decode_options=decode_options)
 
     def prepare(group: tuple[str | None, list[int]]) -> Pixels:
         if group[0] is None:
             raise QuestionEmpty(NO_QUESTION)
         return model.pixels(folder.read(group[0], open_))
 
-    failures: list[StorageFailed] = []
+    failures: list[StorageError] = []
 
-    def read() -> Iterator[tuple[list[int], Pixels | RowFailed]]:
+    def read() -> Iterator[tuple[list[int], Pixels | RowError]]:
         try:
             for group, found in read_ahead(_by_picture(table, rows), prepare, workers, stopping):
                 yield group[1], found
-        except StorageFailed as failure:  # there are no more pictures; those that were read are worked off first
+        except StorageError as failure:  # there are no more pictures; those that were read are worked off first
             failures.append(failure)
 
-    flight = Flight(model, table.questions, read(), batch_size, stages or Stages())
+    flight = Flight(model, table.questions, read(), batch_size, stages or Timings())
     deadline: float | None = None
     while not flight.over:
         if stopping():
@@ -133,13 +133,13 @@ class Flight:
         self,
         model: Phi4,
         questions: Sequence[str],
-        pictures: Iterator[tuple[list[int], Pixels | RowFailed]],
+        pictures: Iterator[tuple[list[int], Pixels | RowError]],
         batch_size: int | None,
-        stages: Stages,
+        stages: Timings,
     ) -> None:
         self._model = model
         self._questions = questions
-        self._pictures: Iterator[tuple[list[int], Pixels | RowFailed]] | None = pictures
+        self._pictures: Iterator[tuple[list[int], Pixels | RowError]] | None = pictures
         # The most rows in the batch, by whether it is one for wide rows; None leaves it to the memory.
         self._most: dict[bool, int | None] = {False: batch_size, True: batch_size}
         self._share = {False: 1.0, True: 1.0}  # of the memory that such a batch usually takes
@@ -231,7 +231,7 @@ class Flight:
                 self._pictures = None
                 break
             rows, pixels = found
-            if isinstance(pixels, RowFailed):
+            if isinstance(pixels, RowError):
                 records += [_failed(row, pixels) for row in rows]
             else:
                 self._taken.append((rows, pixels))
@@ -256,7 +256,7 @@ class Flight:
             question = self._model.question(self._questions[row])
             try:
                 long = self._model.is_long(shown.picture, question)
-            except RowFailed as failure:
+            except RowError as failure:
                 records.append(_failed(row, failure))
                 continue
             shown.left[long] += 1
@@ -440,5 +440,5 @@ def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str | None,
             yield name, asked
 
 
-def _failed(row: int, failure: RowFailed) -> Failed:
+def _failed(row: int, failure: RowError) -> Failed:
     return Failed(row, type(failure).__name__, str(failure))

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqa_embeddings import __version__
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings._version import __version__
+from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.layers.gpu_claims import Claim, claims_folder
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def find_device(local_rank: int) -> Device:
     stream of a graph's capture, is on the current one, and would else be on the first GPU of the node.
 
     Raises:
-        Refused: torch has no binaries for the GPU.
+        InputError: torch has no binaries for the GPU.
     """
     import torch
 
@@ -66,7 +66,7 @@ def find_device(local_rank: int) -> Device:
     torch.cuda.set_device(torch.device("cuda", index))
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     if lacks_binaries(capability, built := torch.cuda.get_arch_list()):
-        raise Refused(
+        raise InputError(
             f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} is built for "
             f"{', '.join(built)}; install a torch that is built for it, or choose another GPU (CUDA_VISIBLE_DEVICES)"
         )
@@ -132,11 +132,13 @@ def choose_dtype(asked: str, device: Device) -> Choice:
     """The number format of the weights and activations.
 
     Raises:
-        Refused: the device cannot compute in the format that was asked for.
+        InputError: the device cannot compute in the format that was asked for.
     """
     if asked != "auto":
         if asked == "bfloat16" and not device.bfloat16:
-            raise Refused(f"--dtype bfloat16 was asked for, and {device.description} has none; use float16 or float32")
+            raise InputError(
+                f"--dtype bfloat16 was asked for, and {device.description} has none; use float16 or float32"
+            )
         return Choice(asked, "asked for")
     if device.kind == "cpu":
         return Choice("float32", "no GPU found, and float32 is what a CPU computes well")
@@ -149,13 +151,13 @@ def choose_attention(asked: str, dtype: str, device: Device) -> Choice:
     """The attention kernels.
 
     Raises:
-        Refused: flash-attn was asked for where it cannot run.
+        InputError: flash-attn was asked for where it cannot run.
     """
     lacking = device.no_flash
     if not lacking and dtype == "float32":
         lacking = "flash-attn computes in float16 or bfloat16 only"
     if asked == "flash_attention_2" and lacking:
-        raise Refused(f"--attn-implementation flash_attention_2 was asked for, but {lacking}; use sdpa")
+        raise InputError(f"--attn-implementation flash_attention_2 was asked for, but {lacking}; use sdpa")
     if asked != "auto":
         return Choice(asked, "asked for")
     return Choice("sdpa", lacking) if lacking else Choice("flash_attention_2", "flash-attn is installed")
@@ -166,12 +168,12 @@ def choose_workers(asked: int | None, device: Device) -> int:
     return asked if asked is not None else WORKERS[device.kind]
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device, without waiting for what that is doing. On the CPU it is the tensor itself."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def receive(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Copy tensors of one device to the host, for which it waits once. On the CPU they are themselves.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_embeddings.layers.device import send
+from vqa_embeddings.layers.device import to_device
 
 PAGE = 384  # keys of a page: the fewest bytes a step, of 128 to 512, on pictures of the usual sizes
 
@@ -24,7 +24,7 @@ class CacheSize:
     width: int  # keys of a row's own
 
 
-class Cache:
+class KVCache:
     """The decoder's keys and values, by layer.
 
     A picture's lie in pages, which all rows on it read. A row's own, of its question and its answer, lie in its seat.
@@ -123,7 +123,7 @@ class Company:
 
     def to(self, device: torch.device) -> Company:
         """The same on another device."""
-        return Company(*(send(getattr(self, field.name), device) for field in fields(self)))
+        return Company(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
     def clone(self) -> Company:
         """A copy in memory of its own."""

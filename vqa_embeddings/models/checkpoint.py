@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqa_embeddings.cli.options import MODEL
-from vqa_embeddings.errors import Refused, one_line
-from vqa_embeddings.models.hub import download
+from vqa_embeddings.errors import InputError, one_line
+from vqa_embeddings.models.hub import MODEL, download
 from vqa_embeddings.models.phi4mm.adapters import (
     check_patterns,
     lora_among,
@@ -77,12 +76,12 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
         cache_dir: where a hub model lies, or goes to; None: see `hub.choose_cache`.
         lora: what becomes of the vision adapter; "none" where the weights hold it, and no other has to be there.
     Raises:
-        Refused: it is not there, not whole, of an unknown layout, or without a vision adapter.
+        InputError: it is not there, not whole, of an unknown layout, or without a vision adapter.
     """
     if Path(model).is_dir():
         folder, revision = Path(model), "local"
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise Refused(
+        raise InputError(
             f"{model} is not there; expected a checkpoint folder or a hub name such as {MODEL}, check --model"
         )
     else:
@@ -103,7 +102,7 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
         told = _find_pictures(folder, config, layout), _find_ends(folder, config, layout)
         return Checkpoint(model, folder, revision, layout, *sizes, dtype, _fingerprint(folder), config, adapter, *told)
     except OSError as error:
-        raise Refused(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
+        raise InputError(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
 
 
 def kept_layers(count: int) -> list[int]:
@@ -115,7 +114,7 @@ def _refuse_other_folders(folder: Path) -> None:
     """Say what a folder without a `config.json` is instead, where that can be seen."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "it does not say which"
-        raise Refused(
+        raise InputError(
             f"{folder} holds an adapter alone ({ADAPTER_CONFIG} without {CONFIG}); expected a whole model: where it is "
             f"the vision LoRA, put it into {ADAPTER_FOLDER}/ of the model that it was trained from ({base}); where it "
             "came on top of that, merge it into the model (PEFT's merge_and_unload) and give what that saves"
@@ -124,20 +123,22 @@ def _refuse_other_folders(folder: Path) -> None:
     if below:
         newest = max(below, key=lambda path: (path / CONFIG).stat().st_mtime_ns)
         others = f", the newest of {len(below)}" if len(below) > 1 else ""
-        raise Refused(f"{folder} is no checkpoint, but holds some below; expected one: give --model {newest}{others}")
+        raise InputError(
+            f"{folder} is no checkpoint, but holds some below; expected one: give --model {newest}{others}"
+        )
 
 
 def _is_phi4(path: Path) -> bool:
     try:
         return read_json(path).get("model_type") in LAYOUTS
-    except (Refused, TypeError):  # a broken one, or a model_type that is no text
+    except (InputError, TypeError):  # a broken one, or a model_type that is no text
         return False
 
 
 def _check_tokenizer(folder: Path, layout: str) -> None:
     lacking = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
     if lacking:
-        raise Refused(
+        raise InputError(
             f"{folder} holds no {lacking[0]}; expected the tokenizer and the processor beside the weights: copy "
             f"{', '.join(TOKENIZER_FILES)} and {PROCESSOR_FILES[layout]} from the model that it was trained from"
         )
@@ -147,16 +148,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint.
 
     Raises:
-        Refused: the file is not there, or is something else.
+        InputError: the file is not there, or is something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refused(f"{path.parent} holds no {path.name}; expected a checkpoint folder, check --model") from None
+        raise InputError(f"{path.parent} holds no {path.name}; expected a checkpoint folder, check --model") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} cannot be read ({one_line(error)}); download the checkpoint again") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)}); download the checkpoint again") from None
     if not isinstance(value, dict):
-        raise Refused(f"{path} holds no JSON object; download the checkpoint again")
+        raise InputError(f"{path} holds no JSON object; download the checkpoint again")
     return value
 
 
@@ -165,19 +166,19 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
     if not (folder / INDEX).exists():
         return _tensors_of(_weights_file(folder, WEIGHTS))
     if (folder / WEIGHTS).exists():  # the library would load the one, and what is checked here is the other
-        raise Refused(f"{folder} holds both {WEIGHTS} and {INDEX}; expected one, remove what is not the model's")
+        raise InputError(f"{folder} holds both {WEIGHTS} and {INDEX}; expected one, remove what is not the model's")
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise Refused(f"{folder / INDEX} maps no tensors to files; download the checkpoint again")
+        raise InputError(f"{folder / INDEX} maps no tensors to files; download the checkpoint again")
     if "metadata" not in index:
-        raise Refused(f'{folder / INDEX} has no "metadata", which the library asks for; add "metadata": {{}} to it')
+        raise InputError(f'{folder / INDEX} has no "metadata", which the library asks for; add "metadata": {{}} to it')
     tensors = {}
     for file in sorted(set(weight_map.values())):
         tensors.update(_tensors_of(_weights_file(folder, file)))
     absent = next((name for name, file in weight_map.items() if tensors.get(name, (None,))[0] != folder / file), None)
     if absent is not None:
-        raise Refused(
+        raise InputError(
             f"{folder / weight_map[absent]} lacks {absent}, which {INDEX} says it holds; download the checkpoint again"
         )
     return tensors
@@ -187,7 +188,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether all of the weights are there, which a download that was cut off lacks."""
     try:
         return bool(_find_tensors(folder))
-    except Refused:
+    except InputError:
         return False
 
 
@@ -197,11 +198,13 @@ def _tensors_of(path: Path) -> dict[str, tuple[Path, str]]:
 
 def _weights_file(folder: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".."):
-        raise Refused(f"{folder / INDEX} names {name!r}; expected file names beside it, download the checkpoint again")
+        raise InputError(
+            f"{folder / INDEX} names {name!r}; expected file names beside it, download the checkpoint again"
+        )
     if not (folder / name).is_file():
         others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.gguf")))
         found = f" (found {others[0]}, which is not read)" if others else ""
-        raise Refused(
+        raise InputError(
             f"{folder} holds no {name}{found}; expected the weights as safetensors, download the checkpoint again"
         )
     return folder / name
@@ -224,7 +227,7 @@ def _safetensors_header(path: Path) -> dict[str, str]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             whole = False
     if not whole:
-        raise Refused(f"{path} is not a whole safetensors file ({size} bytes); download the checkpoint again")
+        raise InputError(f"{path} is not a whole safetensors file ({size} bytes); download the checkpoint again")
     return tensors
 
 
@@ -237,8 +240,8 @@ def _stored_dtype(where: Path, tensors: dict[str, str]) -> str:
     return FLOATS[max(found, key=list(FLOATS).index, default="F32")]
 
 
-def _quantised(where: Path, how: str) -> Refused:
-    return Refused(
+def _quantised(where: Path, how: str) -> InputError:
+    return InputError(
         f"{where} is quantised ({how}); expected weights of {', '.join(FLOATS)}: the vectors would be others, "
         "use the checkpoint that it was made from"
     )
@@ -250,7 +253,7 @@ def _find_adapter(
     """The vision LoRA: the one among the weights, which the original code would use, or the one in its folder."""
     of_its_own = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (folder / name).exists()), None)
     if of_its_own:  # the library would load it by itself, with the base model that it names, or nothing would read it
-        raise Refused(
+        raise InputError(
             f"{folder} holds an {of_its_own} of its own; expected a whole checkpoint with its vision LoRA in "
             f"{ADAPTER_FOLDER}, check --model"
         )
@@ -267,7 +270,7 @@ def _find_adapter(
     if len(lacking) == 2 and lora == "none":
         return None
     if lacking:
-        raise Refused(
+        raise InputError(
             f"Vision adapter not found: expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} in {where}, or lora_A.vision "
             "tensors among the weights; without it the model answers, but wrongly; download the whole checkpoint, or "
             "use --lora none where it has been merged into the weights"
@@ -283,13 +286,13 @@ def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
         layers = kept_layers(int(config.get("num_hidden_layers", 32)))
         return layers, int(config.get("hidden_size", 3072)), int(vision.get("hidden_size", 1152))
     except (TypeError, ValueError, AttributeError, OverflowError):
-        raise Refused(f"{folder / CONFIG} gives no sizes of the model; download the checkpoint again") from None
+        raise InputError(f"{folder / CONFIG} gives no sizes of the model; download the checkpoint again") from None
 
 
 def _find_pictures(folder: Path, config: dict[str, Any], layout: str) -> PictureSettings:
     files = _read_those(folder, PICTURE_FILES)
     if layout == "native" and not files:  # the original layout has its settings in code
-        raise Refused(f"{folder} holds neither {' nor '.join(PICTURE_FILES)}; download the whole checkpoint")
+        raise InputError(f"{folder} holds neither {' nor '.join(PICTURE_FILES)}; download the whole checkpoint")
     return find_picture_settings(str(folder), files, config)
 
 

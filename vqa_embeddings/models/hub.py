@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vqa_embeddings.cli.options import MODEL, MODEL_CACHE
-from vqa_embeddings.cluster.world import names_hub_cache
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.base.environment import names_hub_cache
+from vqa_embeddings.errors import InputError, one_line
 
+MODEL = "microsoft/Phi-4-multimodal-instruct"
+MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there too
 NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
 WANTED, UNWANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"], ["speech-lora/*"]
 
@@ -24,7 +25,7 @@ def download(
     Returns:
         Its folder, and its revision: a commit.
     Raises:
-        Refused: it is neither there nor to be had.
+        InputError: it is neither there nor to be had.
     """
     from huggingface_hub import constants
 
@@ -36,7 +37,7 @@ def download(
     try:
         path = _snapshot(model, revision, cache)
     except Exception as error:  # no network, no such model, no access: the hub has many ways to say no
-        raise Refused(
+        raise InputError(
             f"{model} (revision {revision}) is neither a folder nor to be had from the hub: {one_line(error)}; "
             f"{_what_is_there(model, caches)}; check --model and the network, or give the folder of a downloaded "
             "checkpoint"

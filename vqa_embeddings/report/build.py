@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_embeddings import __version__
+from vqa_embeddings._version import __version__
 from vqa_embeddings.base.file_names import to_disk
 from vqa_embeddings.base.files import publish_text
 from vqa_embeddings.data.table import Table
@@ -24,9 +24,9 @@ from vqa_embeddings.report.agreement import OTHER, YES_NO, agrees, count_yes_no
 from vqa_embeddings.report.charts import draw_norms, draw_states, draw_throughput, project
 from vqa_embeddings.report.page import Answer, Failure, Page
 from vqa_embeddings.report.thumbnails import make_thumbnails
-from vqa_embeddings.store.catalog import Holdings
+from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
-from vqa_embeddings.store.heartbeat import Pace, read_paces
+from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
 from vqa_embeddings.store.run import Run
 
 REPORT_FILE = "report.html"
@@ -47,7 +47,7 @@ class Sample:
 
 def write_report(
     folder: Path,
-    holdings: Holdings,
+    catalog: Catalog,
     coverage: Coverage,
     failures: Mapping[int, Failed],
     summary: Mapping[str, object],
@@ -60,28 +60,28 @@ def write_report(
         summary: what `coverage.json` says.
         read: reads the records of rows, int64 `[m]`.
     Raises:
-        StorageFailed: it cannot be written.
+        StorageError: it cannot be written.
     """
-    paces = read_paces(folder)
-    key = _key(holdings.run, summary, paces)
+    heartbeats = read_heartbeats(folder)
+    key = _key(catalog.run, summary, heartbeats)
     path = folder / REPORT_FILE
     if not _is_there(path, key):
-        publish_text(path, _make_page(holdings, coverage, failures, summary, paces, read).html(key))
+        publish_text(path, _make_page(catalog, coverage, failures, summary, heartbeats, read).html(key))
 
 
 def _make_page(
-    holdings: Holdings,
+    catalog: Catalog,
     coverage: Coverage,
     failures: Mapping[int, Failed],
     summary: Mapping[str, object],
-    paces: Sequence[Pace],
+    heartbeats: Sequence[Heartbeat],
     read: Callable[[np.ndarray], list[Extracted]],
 ) -> Page:
-    run, table = holdings.run, holdings.table
+    run, table = catalog.run, catalog.table
     records = read(choose_sample(np.flatnonzero(coverage.extracted)))
     answers = [(record.answer, table.truths[record.row]) for record in records]
     sample = Sample(records, [agrees(*pair) for pair in answers])
-    charts, no_charts = _draw(run, sample, paces)
+    charts, no_charts = _draw(run, sample, heartbeats)
     counts = count_yes_no(answers)
     return Page(
         run=run,
@@ -149,12 +149,12 @@ def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
     return warnings
 
 
-def _draw(run: Run, sample: Sample, paces: Sequence[Pace]) -> tuple[dict[str, list[str]], str | None]:
+def _draw(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> tuple[dict[str, list[str]], str | None]:
     """The charts as SVG by section, and why there are none."""
     charts: dict[str, list[str]] = {}
     try:
-        if paces:
-            charts["throughput"] = [draw_throughput(paces)]
+        if heartbeats:
+            charts["throughput"] = [draw_throughput(heartbeats)]
         if not sample.records:
             return charts, None
         layers = range(len(run.layers))
@@ -193,9 +193,9 @@ def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
     return shown
 
 
-def _key(run: Run, summary: Mapping[str, object], paces: Sequence[Pace]) -> str:
+def _key(run: Run, summary: Mapping[str, object], heartbeats: Sequence[Heartbeat]) -> str:
     """A digest of what a report is made from."""
-    shards = [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in paces]
+    shards = [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in heartbeats]
     parts = [run.key, __version__, summary, shards]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vqa_embeddings.store.heartbeat import Pace
+from vqa_embeddings.store.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,15 +58,15 @@ def draw_norms(layers: Sequence[int], norms: dict[str, np.ndarray]) -> str:
     return _svg(figure)
 
 
-def draw_throughput(paces: Sequence[Pace]) -> str:
+def draw_throughput(heartbeats: Sequence[Heartbeat]) -> str:
     """Rows a second over time: each rank as a thin line, and above them their sum."""
     figure, (together, each) = _figures(6.4, 3.6)
-    begin = min(float(pace.times[0]) for pace in paces)
-    end = max(float(pace.times[-1]) for pace in paces)
+    begin = min(float(pace.times[0]) for pace in heartbeats)
+    end = max(float(pace.times[-1]) for pace in heartbeats)
     edges = np.linspace(0, max(end - begin, 1.0), BINS + 1)
     unit, seconds = ("hours", 3600) if edges[-1] > 7200 else ("minutes", 60) if edges[-1] > 120 else ("seconds", 1)
     middles = (edges[1:] + edges[:-1]) / 2 / seconds
-    rates = [np.diff(np.interp(edges + begin, pace.times, pace.done)) / np.diff(edges) for pace in paces]
+    rates = [np.diff(np.interp(edges + begin, pace.times, pace.done)) / np.diff(edges) for pace in heartbeats]
     together.plot(middles, np.sum(rates, axis=0), color="#0072b2")
     for rate in rates:
         each.plot(middles, rate, color="#666666", linewidth=0.7, alpha=0.6)

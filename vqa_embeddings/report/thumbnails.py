@@ -7,10 +7,10 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from vqa_embeddings.data.decode_pool import Openers
+from vqa_embeddings.data.decode_options import DecodeOptions
+from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import locate
-from vqa_embeddings.data.picture_limits import Viewing
-from vqa_embeddings.errors import RowFailed, StorageFailed
+from vqa_embeddings.errors import RowError, StorageError
 
 SIDE = 160  # pixels of the longer side
 QUALITY = 75  # of the JPEG
@@ -21,13 +21,13 @@ def make_thumbnails(folder: Path, names: Iterable[str]) -> dict[str, str]:
     made: dict[str, str] = {}
     if not folder.is_absolute() or not folder.is_dir():  # an output folder from before this was recorded, or elsewhere
         return made
-    open_picture = Openers(Viewing(show_truncated=True))  # they belong to rows that were extracted
+    open_picture = DecodePool(DecodeOptions(show_truncated=True))  # they belong to rows that were extracted
     for name in sorted(names):
         try:
             picture = open_picture(locate(folder, name))
-        except RowFailed:
+        except RowError:
             continue
-        except StorageFailed:  # nor would the next one be
+        except StorageError:  # nor would the next one be
             break
         picture.thumbnail((SIDE, SIDE))
         data = io.BytesIO()

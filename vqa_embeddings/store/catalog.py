@@ -17,7 +17,7 @@ from vqa_embeddings.store.segments import Corrupt, Segment, read_failures, read_
 
 
 @dataclass(frozen=True)
-class Holdings:
+class Catalog:
     """The run, its table, and the files that hold rows of it."""
 
     run: Run
@@ -50,8 +50,8 @@ class Holdings:
         return {failed.row: failed for path in telling for failed in read_failures(path) if wanted[failed.row]}
 
 
-def look(folder: Path, run: Run, table: Table, verify: Workers | None = None) -> Holdings:
+def scan(folder: Path, run: Run, table: Table, verify: Workers | None = None) -> Catalog:
     """Read what the folder holds: names, row numbers and, given workers, whether every segment's checksum holds."""
     segments, corrupt = read_segments(folder, run, verify)
     parts, damaged = read_parts(folder, run, table)
-    return Holdings(run, table, segments, parts, corrupt + damaged)
+    return Catalog(run, table, segments, parts, corrupt + damaged)

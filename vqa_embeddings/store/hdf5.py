@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 from h5py import h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5t
 
-from vqa_embeddings.errors import SAME_COMMAND, StorageFailed, one_line
+from vqa_embeddings.errors import SAME_COMMAND, StorageError, one_line
 
 # From HDF5 1.8 (metadata with checksums) to 1.10; what "latest" of HDF5 2 writes, 1.14 cannot read.
 OLDEST, NEWEST = h5f.LIBVER_V18, h5f.LIBVER_V110
@@ -73,7 +73,7 @@ def open_verified(path: Path) -> Iterator[h5py.File]:
     """A file whose hash is right: where it still cannot be read, the disk fails, or somebody has forged both.
 
     Raises:
-        StorageFailed: it cannot.
+        StorageError: it cannot.
     """
     try:
         with open_file(path) as file:
@@ -82,9 +82,9 @@ def open_verified(path: Path) -> Iterator[h5py.File]:
         raise misread(path, error) from error
 
 
-def misread(path: Path, error: Exception) -> StorageFailed:
+def misread(path: Path, error: Exception) -> StorageError:
     """What is raised about a file whose hash is right, and which cannot be read."""
-    return StorageFailed(
+    return StorageError(
         f"{path} cannot be read, though its checksum holds ({one_line(error)}); "
         f"mend the disk, or move the file away, and {SAME_COMMAND}"
     )

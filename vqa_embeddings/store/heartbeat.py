@@ -19,7 +19,7 @@ import numpy as np
 
 from vqa_embeddings.store.run import SHARDS_FOLDER, shard_folder
 
-PACE_FILE = "pace.csv"
+HEARTBEAT_FILE = "pace.csv"
 HEADER = "time,to_do,done,failed"
 WRITE_SECONDS = 5.0  # between two lines of a rank
 LINE_BYTES = 80  # that a line has at most
@@ -29,7 +29,7 @@ SILENT_SECONDS = 180.0  # after which a rank that has not done all it had to is 
 
 
 @dataclass(frozen=True)
-class Pace:
+class Heartbeat:
     """What one rank of one launch has said, line after line.
 
     Attributes:
@@ -62,11 +62,11 @@ class Pace:
         return float(self.done[-1] - self.done[since]) / seconds if seconds > 0 else 0.0
 
 
-class PaceWriter:
+class HeartbeatWriter:
     """Says how far this rank is, at most every few seconds."""
 
     def __init__(self, folder: Path, launch: str, rank: int, to_do: int) -> None:
-        self._path = shard_folder(folder, launch, rank) / PACE_FILE
+        self._path = shard_folder(folder, launch, rank) / HEARTBEAT_FILE
         self._to_do = to_do
         self._next = 0.0
         self._write(f"{HEADER}\n", 0, 0)
@@ -84,13 +84,13 @@ class PaceWriter:
         self._next = time.monotonic() + WRITE_SECONDS
 
 
-def read_paces(folder: Path) -> list[Pace]:
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
     """What all ranks of all launches into an output folder have said, by the names of their shards."""
-    found = (read_pace(path) for path in sorted((folder / SHARDS_FOLDER).glob(f"*/{PACE_FILE}")))
+    found = (read_heartbeat(path) for path in sorted((folder / SHARDS_FOLDER).glob(f"*/{HEARTBEAT_FILE}")))
     return [pace for pace in found if pace is not None]
 
 
-def read_pace(path: Path) -> Pace | None:
+def read_heartbeat(path: Path) -> Heartbeat | None:
     """What one rank has said; None where that is nothing, or no longer readable."""
     try:
         lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
@@ -101,7 +101,7 @@ def read_pace(path: Path) -> Pace | None:
         return None
     times, to_do, done, failed = np.array(numbers).T
     order = np.argsort(times, kind="stable")  # clocks are set back, too
-    return Pace(
+    return Heartbeat(
         path.parent.name, times[order], int(to_do[-1]), done[order].astype(np.int64), failed[order].astype(np.int64)
     )
 
@@ -126,15 +126,15 @@ def _numbers(line: str) -> tuple[float, ...] | None:
     return None
 
 
-def describe_shards(committed: Mapping[str, tuple[int, int]], paces: Iterable[Pace], now: float) -> list[str]:
+def describe_shards(committed: Mapping[str, tuple[int, int]], heartbeats: Iterable[Heartbeat], now: float) -> list[str]:
     """A table of the shards, those at work in full, and how long they will take together.
 
     Args:
         committed: for each shard, rows extracted and rows failed in its segments.
-        paces: what their ranks have said.
+        heartbeats: what their ranks have said.
         now: seconds since 1970.
     """
-    at_work = {pace.shard: pace for pace in paces if pace.is_at_work(now)}
+    at_work = {pace.shard: pace for pace in heartbeats if pace.is_at_work(now)}
     ended = sorted(committed.keys() - at_work.keys())
     listed = ended[-LISTED:]
     lines: list[tuple[str, ...]] = [("shard", "committed", "failed", "done now", "rows/s")]
@@ -153,11 +153,11 @@ def describe_shards(committed: Mapping[str, tuple[int, int]], paces: Iterable[Pa
     return [*table, _rate(list(at_work.values()))]
 
 
-def _rate(paces: Sequence[Pace]) -> str:
-    if not paces:
+def _rate(heartbeats: Sequence[Heartbeat]) -> str:
+    if not heartbeats:
         return "no rank is at work"
-    rate, left = sum(pace.rows_per_second() for pace in paces), sum(pace.left for pace in paces)
-    ranks = f"{len(paces)} rank{'s' * (len(paces) > 1)} at work"
+    rate, left = sum(pace.rows_per_second() for pace in heartbeats), sum(pace.left for pace in heartbeats)
+    ranks = f"{len(heartbeats)} rank{'s' * (len(heartbeats) > 1)} at work"
     if rate == 0:
         return f"{ranks}, {left} rows to do, and no pace yet"
     minutes = f"over the last {RECENT_SECONDS / 60:.0f} minutes"

@@ -15,7 +15,7 @@ import numpy as np
 
 from vqa_embeddings.base.files import list_folder, publish, publish_text, reading, sha256, sync_and_hash
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.errors import Refused, StorageFailed, one_line
+from vqa_embeddings.errors import InputError, StorageError, one_line
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.hdf5 import misread, new_file, open_file, open_verified, stamp_of, text_of
@@ -91,8 +91,8 @@ def recorded_hashes(folder: Path) -> dict[str, set[str]]:
     It is the one that the last merge recorded, or that of a part which a merge has written since, and was then ended.
 
     Raises:
-        Refused: the record is not what a merge wrote: without it, damage would go unseen.
-        StorageFailed: it cannot be read.
+        InputError: the record is not what a merge wrote: without it, damage would go unseen.
+        StorageError: it cannot be read.
     """
     hashes: defaultdict[str, set[str]] = defaultdict(set)
     path = folder / COVERAGE_FILE
@@ -104,7 +104,7 @@ def recorded_hashes(folder: Path) -> dict[str, set[str]]:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(
+        raise InputError(
             f"{path} is not what a merge has written ({one_line(error)}); restore it, or remove it: "
             "the parts are then taken as they are"
         ) from None
@@ -125,8 +125,8 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     """The parts in the output folder by layout and number, and those that are damaged.
 
     Raises:
-        Refused: a file is named like a part and belongs to something else.
-        StorageFailed: the disk does not let one be read.
+        InputError: a file is named like a part and belongs to something else.
+        StorageError: the disk does not let one be read.
     """
     parts: list[Part] = []
     corrupt: list[Corrupt] = []
@@ -147,7 +147,7 @@ def _read_surely(read: Callable[[], Part], path: Path, recorded: set[str]) -> Pa
     """What `read` gives, or its error where the file is to blame for it, and not the disk.
 
     Raises:
-        StorageFailed: the disk does not let the file be read, or its hash is right.
+        StorageError: the disk does not let the file be read, or its hash is right.
     """
     try:
         return read()
@@ -193,7 +193,7 @@ def _check_sizes(records: Sequence[Extracted], job: PartJob) -> None:
     for record in records:
         found = (record.vision_only.shape, record.vision_token.shape, record.query_token.shape)
         if found != ((run.vision_size,), states, states) or record.pixel_mean.shape != records[0].pixel_mean.shape:
-            raise StorageFailed(
+            raise StorageError(
                 f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found))}; expected "
                 f"({run.vision_size},) and twice {states}: its file is not this run's, move it away, and merge again"
             )
@@ -241,7 +241,7 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
         if text_of(file.attrs.get("run", b"")) != run.key:
             if recorded:
                 raise ValueError("it was this run's, and says that it is not")
-            raise Refused(f"{path} belongs to another run or program; move it away, or check --output-dir")
+            raise InputError(f"{path} belongs to another run or program; move it away, or check --output-dir")
         first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
         rows, truncated = LAYOUTS[layout].read_index(file, table, first - 1, last)
         return Part(path, layout, number, first - 1, last, size, rows, truncated, stamp_of(file))

@@ -21,9 +21,9 @@ import numpy as np
 from h5py import h5d, h5f, h5s
 
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.errors import Refused, StorageFailed, one_line
+from vqa_embeddings.errors import InputError, StorageError, one_line
 from vqa_embeddings.records import Failed
-from vqa_embeddings.store.catalog import Holdings, look
+from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.hdf5 import get_dataset, open_file, stamp_of
 from vqa_embeddings.store.run import Run, read_run, read_run_rows
@@ -50,12 +50,12 @@ def open_embeddings(folder: str | Path) -> Embeddings:
     try:
         run = read_run(folder)
         table = read_run_rows(folder, run)
-        holdings = look(folder, run, table)
-    except Refused as refusal:
+        catalog = scan(folder, run, table)
+    except InputError as refusal:
         raise ValueError(str(refusal)) from None
-    except StorageFailed as failure:
+    except StorageError as failure:
         raise OSError(str(failure)) from None
-    coverage = holdings.coverage()
+    coverage = catalog.coverage()
     extracted, left = np.flatnonzero(coverage.extracted), coverage.extracted.copy()
     sources = []
 
@@ -64,17 +64,17 @@ def open_embeddings(folder: str | Path) -> Embeddings:
             sources.append(_Source(path, layout, rows, places, np.searchsorted(extracted, rows), stamp))
             left[rows] = False
 
-    for part in holdings.parts:
+    for part in catalog.parts:
         if part.layout == "columnar":
             take(part.path, "columnar", part.rows, np.arange(len(part.rows)), part.stamp)
-    for number, segment in enumerate(holdings.segments):
+    for number, segment in enumerate(catalog.segments):
         rows = np.unique(segment.rows[(coverage.holder[segment.rows] == number) & left[segment.rows]])
         take(segment.path, "segment", rows, coverage.position[rows])
-    for part in holdings.parts:
+    for part in catalog.parts:
         if part.layout == "grouped":
             rows = part.rows[left[part.rows]]
             take(part.path, "grouped", rows, rows, part.stamp)
-    absent, truncated = _Absent(folder, holdings, coverage), holdings.truncated(coverage)[extracted]
+    absent, truncated = _Absent(folder, catalog, coverage), catalog.truncated(coverage)[extracted]
     return Embeddings(folder, run, table, extracted, sources, absent, truncated)
 
 
@@ -93,8 +93,8 @@ class _Source:
 class _Absent:
     """Says why rows are not there. What has to be looked up for it is looked up once."""
 
-    def __init__(self, folder: Path, holdings: Holdings, coverage: Coverage) -> None:
-        self._folder, self._holdings, self._coverage = folder, holdings, coverage
+    def __init__(self, folder: Path, catalog: Catalog, coverage: Coverage) -> None:
+        self._folder, self._holdings, self._coverage = folder, catalog, coverage
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ class _Absent:
             return f"{identity!r} is missing: it has not been extracted, the same extract_dist.py command continues"
         try:
             why = f"{self._reasons[row].error}: {self._reasons[row].message}"
-        except StorageFailed:
+        except StorageError:
             why = f"its reason is no longer there, open {self._folder} again"
         return f"{identity!r} has failed ({why}); extract_dist.py --retry-failed tries it again"
 

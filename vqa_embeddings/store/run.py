@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vqa_embeddings.base.files import publish, publish_json
 from vqa_embeddings.data.table import Table, read_table
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 
 RUN_FILE = "run.json"
 ROWS_FILE = "rows.csv"
@@ -86,7 +86,7 @@ def check_run(folder: Path, wanted: Run, make: bool = True) -> bool:
     Returns:
         Whether the run is there already.
     Raises:
-        Refused: `folder` is not fit; where it holds another run, the differences are named.
+        InputError: `folder` is not fit; where it holds another run, the differences are named.
     """
     try:
         found = (folder / RUN_FILE).exists()
@@ -99,7 +99,7 @@ def check_run(folder: Path, wanted: Run, make: bool = True) -> bool:
         if not os.access(nearest(folder / SHARDS_FOLDER), os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise Refused(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another --output-dir") from None
     return found
 
 
@@ -117,7 +117,7 @@ def claim_run(folder: Path, wanted: Run) -> bool:
     Returns:
         Whether this process, and so no other, began it.
     Raises:
-        Refused: another launch was faster, and its run is another one.
+        InputError: another launch was faster, and its run is another one.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     run = {**asdict(wanted), "created_at": now}
@@ -143,7 +143,7 @@ def read_run(folder: Path) -> Run:
     """The run that `folder` holds.
 
     Raises:
-        Refused: there is none, or `run.json` was not written by this program.
+        InputError: there is none, or `run.json` was not written by this program.
     """
     path = folder / RUN_FILE
     try:
@@ -153,12 +153,12 @@ def read_run(folder: Path) -> Run:
             raise TypeError(f"columns {run.columns!r}")
         return run
     except (FileNotFoundError, NotADirectoryError):
-        raise Refused(
+        raise InputError(
             f"{folder} holds no {RUN_FILE}; expected the output folder of extract_dist.py, "
             "check --output-dir or run the extraction first"
         ) from None
     except (ValueError, TypeError) as error:
-        raise Refused(
+        raise InputError(
             f"{path} is not a run of this program ({error!r}); restore it or use a new --output-dir"
         ) from None
 
@@ -167,7 +167,7 @@ def known_columns(folder: Path) -> dict[str, str] | None:
     """The columns that the run in `folder` was begun with; None where there is none, or `check_run` will refuse it."""
     try:
         return read_run(folder).columns
-    except (Refused, OSError):
+    except (InputError, OSError):
         return None
 
 
@@ -175,21 +175,21 @@ def read_run_rows(folder: Path, run: Run) -> Table:
     """The table that the run is about, from `rows.csv`.
 
     Raises:
-        Refused: `rows.csv` is missing, or is not what `run.json` says.
+        InputError: `rows.csv` is missing, or is not what `run.json` says.
     """
     path = folder / ROWS_FILE
     if not path.exists():
-        raise Refused(f"{path} is not there; expected the run's table, start the extraction again to write it")
+        raise InputError(f"{path} is not there; expected the run's table, start the extraction again to write it")
     table = read_table(path, run.columns)
     if table.fingerprint() != run.rows_sha256:
-        raise Refused(f"{path} is not the table that {RUN_FILE} names; put the original CSV back in its place")
+        raise InputError(f"{path} is not the table that {RUN_FILE} names; put the original CSV back in its place")
     return table
 
 
 def _refuse_strangers(folder: Path) -> None:
     stranger = next(folder.glob("*.h5"), None) or next((folder / SHARDS_FOLDER).glob("*/*.h5"), None)
     if stranger is not None:
-        raise Refused(
+        raise InputError(
             f"{folder} holds {stranger.name} but no {RUN_FILE}, so it belongs to something else; "
             "choose a new --output-dir"
         )
@@ -205,7 +205,7 @@ def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
         f"{IDENTITY.get(name, name)}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
         for name in differing
     )
-    raise Refused(
+    raise InputError(
         f"{folder} belongs to another run ({described}); use a new --output-dir, or the same input and options"
     )
 

@@ -205,7 +205,7 @@ def find_damage(path: Path) -> str | None:
     """Why a segment is not what was committed, or None where its checksum holds.
 
     Raises:
-        StorageFailed: the disk does not let it be read, which says nothing about the segment.
+        StorageError: the disk does not let it be read, which says nothing about the segment.
     """
     checksum = checksum_path(path)
     try:

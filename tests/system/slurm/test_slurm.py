@@ -20,7 +20,7 @@ from tests.helpers.published_reader import read_published
 from tests.system.slurm.cluster import NODES, Cluster, until, why_not
 from tests.system.test_rows import assert_equal_to_reference
 from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
-from vqa_embeddings.store.heartbeat import read_paces
+from vqa_embeddings.store.heartbeat import read_heartbeats
 
 LAUNCH = ROOT / "launch" / "slurm"
 START_SECONDS = 600  # until something has begun on a slow machine whose two cores run six ranks
@@ -292,7 +292,7 @@ def test_term_through_srun_at_random_moments(user, expected):
     said = ""
     starting = 0.0  # seconds that a start takes here
     for _ in range(TERMS):
-        begun, before = time.monotonic(), len(read_paces(user.out))
+        begun, before = time.monotonic(), len(read_heartbeats(user.out))
         step = user.cluster.start(*command, cwd=user.folder)
         if starting and chance.random() < 0.25:
             until(lambda: "RUNNING" in user.cluster.jobs().values(), START_SECONDS, "the start of a step")
@@ -303,7 +303,7 @@ def test_term_through_srun_at_random_moments(user, expected):
                 bar += (more := step.stderr.read(1))
                 assert more, "the run ended before it could be stopped"
             # The bar may count rows while the other rank still loads its model.
-            until(lambda before=before: len(read_paces(user.out)) == before + 2, START_SECONDS, "the other rank")
+            until(lambda before=before: len(read_heartbeats(user.out)) == before + 2, START_SECONDS, "the other rank")
             starting = starting or time.monotonic() - begun
             time.sleep(chance.uniform(0, 0.5))
         user.run("scancel", "--signal=TERM", *user.cluster.jobs())  # to the ranks: srun itself would kill them

@@ -19,9 +19,9 @@ from vqa_embeddings.app import merge as merging
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.data.table import read_table
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Extracted, Failed
-from vqa_embeddings.store.catalog import look
+from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import Run, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
 
@@ -293,7 +293,7 @@ def test_a_check_that_verifies_is_the_same_by_several_processes(out):
         f"not used: {out / PART.format(2)}: its SHA-256 is not the one that coverage.json recorded",
         "0 segments and 5 parts were hashed; a merge would write 0 parts",
     ]
-    with pytest.raises(Refused, match="made with --part-size 5, found --part-size 1000 now"):
+    with pytest.raises(InputError, match="made with --part-size 5, found --part-size 1000 now"):
         merging.check(parse_merge(None, [*asked[:2], "--check", "--verify"]))
     assert everything(out) == before
 
@@ -355,7 +355,7 @@ def test_a_damaged_part_without_segments_is_set_aside_and_its_rows_are_missing_a
         assert (coverage(out)["extracted"], coverage(out)["missing"]) == (ROWS - 5, 5)
     assert part.with_name(part.name + ".damaged").read_bytes() == data
     run = read_run(out)
-    assert look(out, run, read_run_rows(out, run)).coverage().missing.sum() == 5, "the extraction would not do them"
+    assert scan(out, run, read_run_rows(out, run)).coverage().missing.sum() == 5, "the extraction would not do them"
     commit(out, [record(row) for row in range(5, 10)])
     assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
     assert_right(out, set(range(ROWS)))

@@ -117,10 +117,10 @@ def test_flags_survive_the_exchange(count, seed):
     assert (unpack(pack(wanted), count) == wanted).all()
 
 
-holdings = st.lists(st.lists(st.integers(0, 29), max_size=12, unique=True), max_size=6)
+held = st.lists(st.lists(st.integers(0, 29), max_size=12, unique=True), max_size=6)
 
 
-@given(holdings, holdings, st.lists(st.integers(0, 29), max_size=10))
+@given(held, held, st.lists(st.integers(0, 29), max_size=10))
 def test_every_row_is_extracted_failed_or_missing_and_copies_are_counted(held, in_parts, failed):
     arrays = [np.array(rows, np.int64) for rows in held]
     coverage = cover(30, arrays, [np.array(rows, np.int64) for rows in in_parts], [np.array(failed, np.int64)])
@@ -141,7 +141,7 @@ def test_every_row_is_extracted_failed_or_missing_and_copies_are_counted(held, i
 
 
 @settings(max_examples=200)
-@given(holdings, st.lists(st.integers(0, 29), max_size=10), st.integers(1, 12), chance)
+@given(held, st.lists(st.integers(0, 29), max_size=10), st.integers(1, 12), chance)
 def test_a_part_is_written_when_its_rows_are_accounted_for_and_kept_while_it_is_right(held, failed, size, seed):
     arrays = [np.array(rows, np.int64) for rows in held]
     failures = [np.array(failed, np.int64)]

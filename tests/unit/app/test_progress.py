@@ -17,12 +17,12 @@ from vqa_embeddings.app.plan_summary import describe_pictures, find_shortage
 from vqa_embeddings.store import heartbeat as pace_module
 from vqa_embeddings.store.heartbeat import (
     HEADER,
-    PaceWriter,
+    HeartbeatWriter,
     describe_shards,
     duration,
+    read_heartbeat,
+    read_heartbeats,
     read_latest,
-    read_pace,
-    read_paces,
 )
 
 
@@ -37,14 +37,14 @@ def test_one_bar_counts_the_rows_of_all_ranks_and_a_login_node_sees_them(tmp_pat
     together = r"^2 ranks at work, \d+\.\d rows/s over the last 5 minutes: \d+:\d\d left for"
     assert re.search(together, looked.stdout, re.M), looked.stdout
     assert len(re.findall(r"^\S+-r[01] +0 +0 +\d+ of \d+ +\d+\.\d$", looked.stdout, re.M)) == 2, looked.stdout
-    until(lambda: read_paces(out)[0].times[-1] > looked_at, launch.process)
+    until(lambda: read_heartbeats(out)[0].times[-1] > looked_at, launch.process)
     launch.ends(signal.SIGTERM)
     totals = set(re.findall(r" \d+/(\d+) \[", launch.shown()))
     assert totals == {str(rows)}, "one bar, over the rows of both"
     committed = launch.committed()
     assert committed[0] < launch.bar() <= committed.total(), "it has counted what the other rank did"
     assert re.search(r"rank 1: \d+ rows extracted", launch.said())
-    for pace in read_paces(out):
+    for pace in read_heartbeats(out):
         assert pace.done[-1] == committed[int(pace.shard[-1])] < pace.to_do
 
 
@@ -66,7 +66,7 @@ def test_failed_rows_are_counted_as_they_come(tmp_path, checkpoint):
     done = run(command(0, *arguments_for(table, checkpoint), "--output-dir", tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].endswith("rows/s, 6 failed]"), done.stderr
-    assert read_paces(tmp_path / "out")[0].failed[-1] == 6
+    assert read_heartbeats(tmp_path / "out")[0].failed[-1] == 6
 
 
 def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
@@ -152,13 +152,13 @@ def lines_of(*numbers: tuple[float, int, int, int]) -> str:
 
 def test_lines_that_are_half_written_or_damaged_count_for_nothing(tmp_path):
     path = tmp_path / "20260101T000000-abcdef-r0" / "pace.csv"
-    assert read_pace(path) is None and read_latest(path) == (0, 0)
+    assert read_heartbeat(path) is None and read_latest(path) == (0, 0)
     path.parent.mkdir()
     path.write_text(f"{HEADER}\n")
-    assert read_pace(path) is None and read_latest(path) == (0, 0)
+    assert read_heartbeat(path) is None and read_latest(path) == (0, 0)
     whole = lines_of((100, 50, 0, 0), (105, 50, 10, 1))
     path.write_text(f"{HEADER}\n{whole}\x00\xff,,\nnan,50,20,0\n110,50,60,0\n110,50,20,30\n110,50,2")
-    pace = read_pace(path)
+    pace = read_heartbeat(path)
     assert (pace.done.tolist(), pace.failed.tolist(), pace.to_do, pace.left) == ([0, 10], [0, 1], 50, 40)
     assert read_latest(path) == (10, 1)
     assert pace.rows_per_second() == 2.0
@@ -170,13 +170,13 @@ def test_a_pace_is_that_of_the_last_minutes(tmp_path):
     slow_then_fast = [(60.0 * minute, 9000, 6 * minute, 0) for minute in range(100)]
     slow_then_fast += [(6000 + 60.0 * minute, 9000, 600 + 600 * minute, 0) for minute in range(10)]
     path.write_text(lines_of(*slow_then_fast))
-    pace = read_pace(path)
+    pace = read_heartbeat(path)
     assert pace.rows_per_second() == 10.0
     assert pace.is_at_work(6540 + 60) and not pace.is_at_work(6540 + 600)
 
 
 def test_a_pace_that_cannot_be_written_ends_nothing_and_makes_no_folder_anew(tmp_path):
-    writer = PaceWriter(tmp_path / "gone", "launch", 0, 10)
+    writer = HeartbeatWriter(tmp_path / "gone", "launch", 0, 10)
     writer.update(3, 0, last=True)
     assert not list(tmp_path.iterdir())
 
@@ -187,7 +187,7 @@ def test_many_shards_become_a_short_table(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "pace.csv").write_text(lines_of((1000, 500, 0, 0), (1010, 500, 50, 2)))
     committed = {"a-r0": (100, 1), "b-r0": (200, 0), "c-r0": (300, 0), "d-r0": (7, 0), "e-r0": (40, 2)}
-    table = describe_shards(committed, read_paces(tmp_path), 1015)
+    table = describe_shards(committed, read_heartbeats(tmp_path), 1015)
     assert [" ".join(line.split()) for line in table] == [
         "shard committed failed done now rows/s",
         "2 before these 300 1",

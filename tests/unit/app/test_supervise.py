@@ -18,7 +18,7 @@ from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.supervise import Left, Slice, count_fruitless, is_to_go_on, requeue
 from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.world import QueuedJob, read_queued_job
-from vqa_embeddings.errors import StorageFailed
+from vqa_embeddings.errors import StorageError
 from vqa_embeddings.records import Failed
 
 ARGUMENTS = ["--vqa-dataset", str(DATA / "vqa.csv"), "--images-dir", str(DATA)]
@@ -182,7 +182,7 @@ def test_a_disk_that_fails_keeps_no_job_from_going_on(tmp_path, monkeypatch):
     """Neither what cannot be counted nor what cannot be remembered is a reason to leave a job stopped."""
 
     def fails(*arguments):
-        raise StorageFailed("the disk is full")
+        raise StorageError("the disk is full")
 
     asked = []
     monkeypatch.setattr(supervise_module, "read_run", fails)

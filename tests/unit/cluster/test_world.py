@@ -25,7 +25,7 @@ from vqa_embeddings.cluster.world import (
     same_command,
     take,
 )
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
@@ -97,7 +97,7 @@ def test_the_rank_is_the_innermost_launchers(environment, expected):
     ],
 )
 def test_ranks_that_cannot_be_are_refused(environment, found):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InputError) as refused:
         read_ranks(environment)
     assert found in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -130,7 +130,7 @@ def test_the_slice_is_the_array_tasks(task, first, count, step, expected):
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
     environment = dict(zip(names, (task, first, count, step), strict=True))
     if expected is None:
-        with pytest.raises(Refused, match="--slice"):
+        with pytest.raises(InputError, match="--slice"):
             read_array_slice(environment)
     else:
         assert read_array_slice(environment) == expected
@@ -139,7 +139,7 @@ def test_the_slice_is_the_array_tasks(task, first, count, step, expected):
 @pytest.mark.parametrize(("name", "value"), [("ID", "x"), ("COUNT", "four"), ("COUNT", "0"), ("STEP", "0")])
 def test_an_array_task_that_cannot_be_is_refused(name, value):
     environment = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "4", f"SLURM_ARRAY_TASK_{name}": value}
-    with pytest.raises(Refused, match=r"array task|SLURM_ARRAY_TASK"):
+    with pytest.raises(InputError, match=r"array task|SLURM_ARRAY_TASK"):
         read_array_slice(environment)
 
 
@@ -274,7 +274,7 @@ def test_a_rank_that_nobody_meets_says_so_in_a_sentence(tmp_path, monkeypatch, r
     for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **place}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(world_module, "START_UP_SECONDS", 1)
-    with pytest.raises(Refused, match=rf"^rank {rank} has not met the other ranks of 2 \(.*and begin again$"):
+    with pytest.raises(InputError, match=rf"^rank {rank} has not met the other ranks of 2 \(.*and begin again$"):
         from_rank_zero(read_ranks(), tmp_path, lambda: b"plan")
 
 
@@ -304,7 +304,7 @@ def test_ranks_that_run_the_program_again_in_one_step_do_not_take_the_old_plan(t
     assert [from_rank_zero(other, tmp_path, lambda: b"not asked") for _ in range(2)] == [b"first", b"second"]
 
 
-@pytest.mark.parametrize("error", [Refused("the folder holds another run"), OSError("no such disk")])
+@pytest.mark.parametrize("error", [InputError("the folder holds another run"), OSError("no such disk")])
 def test_ranks_without_a_store_learn_that_there_will_be_no_plan(tmp_path: Path, error: Exception):
     main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
 
@@ -313,7 +313,7 @@ def test_ranks_without_a_store_learn_that_there_will_be_no_plan(tmp_path: Path, 
 
     with pytest.raises(type(error)):
         from_rank_zero(main, tmp_path, fail)
-    with pytest.raises(Refused, match=str(error)):
+    with pytest.raises(InputError, match=str(error)):
         from_rank_zero(other, tmp_path, lambda: b"not asked")
     for rank in (main, other):  # which try again, in the same job step
         assert from_rank_zero(rank, tmp_path, lambda: b"the plan") == b"the plan"

@@ -23,7 +23,7 @@ from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.cluster.world import World, from_rank_zero
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, read_rows, read_table
-from vqa_embeddings.errors import Refused, RowFailed
+from vqa_embeddings.errors import InputError, RowError
 from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store.parts import Part, announced_path
@@ -116,7 +116,7 @@ def test_every_row_of_a_nasty_table_is_extracted_or_has_failed_in_a_locale_witho
         failed = list(csv.DictReader(stream))
     assert [row["image_id"] for row in failed] == list(ABSENT)
     for row in failed:
-        with pytest.raises(RowFailed) as failure:
+        with pytest.raises(RowError) as failure:
             folder.read(row["image_id"], lambda path: path)
         told = str(failure.value).encode(errors="backslashreplace").decode()
         assert (row["error"], row["message"]) == (type(failure.value).__name__, told)
@@ -134,11 +134,11 @@ def test_a_picture_is_found_by_its_utf8_name_and_named_so_in_a_locale_of_latin_1
     (tmp_path / "names").write_text("图片 ö.png\nhalf ö.png\n图片 ö.jpg\n", encoding="utf-8")
     script = (
         "import sys; from pathlib import Path; from vqa_embeddings.data.picture_folder import PictureFolder\n"
-        "from vqa_embeddings.errors import RowFailed; from vqa_embeddings.data.decode_pool import Openers\n"
-        "folder, openers = PictureFolder(Path(sys.argv[1])), Openers()\n"
+        "from vqa_embeddings.errors import RowError; from vqa_embeddings.data.decode_pool import DecodePool\n"
+        "folder, openers = PictureFolder(Path(sys.argv[1])), DecodePool()\n"
         "for name in open(sys.argv[2], encoding='utf-8').read().splitlines():\n"
         "    try: print(folder.read(name, openers).size)\n"
-        "    except RowFailed as failure: sys.stdout.buffer.write(f'{failure}\\n'.encode())\n"
+        "    except RowError as failure: sys.stdout.buffer.write(f'{failure}\\n'.encode())\n"
         "    sys.stdout.flush()"
     )
     line = [sys.executable, "-c", script, str(tmp_path / "größe"), str(tmp_path / "names")]
@@ -160,7 +160,7 @@ def test_a_row_that_is_written_is_the_row_that_is_read(tmp_path, texts):
 
 def test_an_id_of_any_length_is_refused_in_a_short_sentence(tmp_path):
     (tmp_path / "vqa.csv").write_text(f"question_id,image_id,question\n/{'x' * 70_000},a.png,?\n", encoding="utf-8")
-    with pytest.raises(Refused, match="cannot name an HDF5 group") as refused:
+    with pytest.raises(InputError, match="cannot name an HDF5 group") as refused:
         read_table(tmp_path / "vqa.csv")
     assert len(str(refused.value)) < 1000
 
@@ -175,11 +175,11 @@ def test_a_reason_with_bytes_that_are_no_text_can_be_committed_and_told_to_other
         assert file["message"].asstr()[0] == "/data/\\udcff is not there"
 
     def refuse() -> bytes:
-        raise Refused("/data/\udcff is not there")
+        raise InputError("/data/\udcff is not there")
 
     main, other = (World("srun", rank, 2, rank, "job-0-0") for rank in (0, 1))
     for rank, told in ((main, "/data/\udcff is"), (other, r"/data/\\udcff is")):
-        with pytest.raises(Refused, match=told):
+        with pytest.raises(InputError, match=told):
             from_rank_zero(rank, tmp_path, refuse)
 
 

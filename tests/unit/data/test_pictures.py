@@ -28,11 +28,11 @@ from vqa_embeddings.data import decode_pool as opener_module
 from vqa_embeddings.data import picture_folder as folder_module
 from vqa_embeddings.data import pictures as images_module
 from vqa_embeddings.data import similar_names as nearby
-from vqa_embeddings.data.decode_pool import Openers
+from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import GONE, PictureFolder, locate
 from vqa_embeddings.data.pictures import open_picture, read_ahead
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageFailed
+from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageError
 
 ODD = odd()
 UNREADABLE = {name: data for name, (data, error) in bad().items() if error == "PictureUnreadable"}
@@ -41,8 +41,8 @@ STAGED = {"crash.jpg", "hang.jpg"}  # whole, until somebody stages what their na
 
 
 @pytest.fixture(scope="module")
-def openers() -> Openers:
-    return Openers()
+def openers() -> DecodePool:
+    return DecodePool()
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -106,7 +106,7 @@ def staged(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def the_opener(openers: Openers) -> psutil.Process:
+def the_opener(openers: DecodePool) -> psutil.Process:
     return psutil.Process(openers._of_thread.opener._process.pid)
 
 
@@ -124,7 +124,7 @@ def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_p
         lay(tmp_path, name, UNREADABLE["hang.jpg"].removesuffix(b"hang") + data)
     slow = "lambda stream, **b: (time.sleep(60 * stream.getvalue().endswith(b'hang')), whole(stream, **b))[1]"
     staged(monkeypatch, tmp_path / "staged", f"import time, PIL.Image as m; whole = m.open; m.open = {slow}")
-    openers = Openers()
+    openers = DecodePool()
     openers(tmp_path / "cat.jpg")
     hanging = the_opener(openers)
     with monkeypatch.context() as impatient:
@@ -140,8 +140,8 @@ def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_p
 def test_an_opener_hears_no_signal_but_ends_with_its_rank(tmp_path):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     script = (
-        "import sys, time; from pathlib import Path; from vqa_embeddings.data.decode_pool import Openers\n"
-        "openers = Openers(); openers(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from vqa_embeddings.data.decode_pool import DecodePool\n"
+        "openers = DecodePool(); openers(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
     assert rank.stdout.readline() == b"open\n"
@@ -160,7 +160,7 @@ def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, openers, m
     assert openers(tmp_path / "wide.png").size == (40_000, 4_000)
     monkeypatch.setattr(opener_module, "MEMORY_BYTES", 300 << 20)
     with pytest.raises(PictureUnreadable, match="it takes too much memory"):
-        Openers()(tmp_path / "wide.png")
+        DecodePool()(tmp_path / "wide.png")
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, rea
     if made_anew:  # as the mount point is, say
         folder.path.mkdir()
     for name in ("cat.png", "more/cat.png", "dog.png", str(folder.path / "cat.png")):
-        with pytest.raises(StorageFailed, match=r"images is no longer the folder .* mount it again"):
+        with pytest.raises(StorageError, match=r"images is no longer the folder .* mount it again"):
             folder.read(name, open_picture)
 
 
@@ -317,7 +317,7 @@ def test_a_folder_that_goes_away_between_finding_a_picture_and_reading_it_is_no_
         folder.path.rename(folder.path.with_name("elsewhere"))
         return open_picture(path)
 
-    with pytest.raises(StorageFailed, match="mount it again"):
+    with pytest.raises(StorageError, match="mount it again"):
         folder.read("cat.png", open_too_late)
 
 
@@ -338,7 +338,7 @@ def test_a_disk_below_the_folder_or_behind_its_links_that_goes_away_is_no_fault_
     finally:
         subprocess.run(["umount", "--lazy", disk if linked else folder.path / "more"], check=True)
     for name in ("deep/cat.png", "deep/dog.png", "other/cat.png"):
-        with pytest.raises(StorageFailed, match="is no longer the folder"):
+        with pytest.raises(StorageError, match="is no longer the folder"):
             folder.read(f"{place}/{name}", open_picture)
     folder.read("cat.png", open_picture)
 
@@ -352,7 +352,7 @@ def fails_with(number: int) -> Callable[[Path], Image.Image]:
 
 @pytest.mark.parametrize("number", sorted(GONE))
 def test_a_file_server_that_is_gone_is_no_fault_of_the_rows(folder, number):
-    with pytest.raises(StorageFailed, match="which is not the picture's fault"):
+    with pytest.raises(StorageError, match="which is not the picture's fault"):
         folder.read("cat.png", fails_with(number))
 
 
@@ -370,7 +370,7 @@ def test_bad_blocks_cost_their_rows_and_a_broken_disk_ends_the_run(folder, numbe
             folder.read("more/cat.png", fails_with(number))
     with pytest.raises(PictureNotFound):
         folder.read("dog.png", open_picture)
-    with pytest.raises(StorageFailed, match="which is not the picture's fault"):
+    with pytest.raises(StorageError, match="which is not the picture's fault"):
         folder.read("more/cat.png", fails_with(number))
 
 
@@ -378,7 +378,7 @@ def test_a_disk_that_gives_nothing_from_the_beginning_ends_the_run(folder):
     for _ in range(folder_module.IN_A_ROW_AT_FIRST - 1):
         with pytest.raises(PictureUnreadable):
             folder.read("cat.png", fails_with(errno.EIO))
-    with pytest.raises(StorageFailed, match="Input/output error"):
+    with pytest.raises(StorageError, match="Input/output error"):
         folder.read("cat.png", fails_with(errno.EIO))
 
 
@@ -416,12 +416,12 @@ def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_s
     slow = read_ahead(range(6), lambda key: time.sleep(0.3) or key, 1)
     assert [found for _, found in slow] == [0, 1, 2, 3, 4, 5]
     over = Event()
-    with pytest.raises(StorageFailed, match="no picture has come for 0 minutes, and the next would be that of 0"):
+    with pytest.raises(StorageError, match="no picture has come for 0 minutes, and the next would be that of 0"):
         next(read_ahead(range(4), lambda key: over.wait(60), 1))
     over.set()
 
 
-@pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])
+@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["openers", "alone"])
 def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through):
     with pytest.raises(PictureUnreadable, match="No such file or directory") as failed:
         through(tmp_path / "gone.png")
@@ -435,16 +435,16 @@ def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through
 def test_an_opener_that_cannot_start_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     staged(monkeypatch, tmp_path / "staged", "import os, sys; sys.stderr.write('no room for that\\n'); os._exit(3)")
-    with pytest.raises(StorageFailed, match=r"ends at its start \(no room for that\)"):
-        Openers()(tmp_path / "cat.png")
+    with pytest.raises(StorageError, match=r"ends at its start \(no room for that\)"):
+        DecodePool()(tmp_path / "cat.png")
 
 
 def test_an_opener_that_does_not_become_ready_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     staged(monkeypatch, tmp_path / "staged", "import time; time.sleep(60)")
     monkeypatch.setattr(opener_module, "START_SECONDS", 1)
-    with pytest.raises(StorageFailed, match="has not started within 1 s"):
-        Openers()(tmp_path / "cat.png")
+    with pytest.raises(StorageError, match="has not started within 1 s"):
+        DecodePool()(tmp_path / "cat.png")
 
 
 def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_path, monkeypatch):
@@ -461,16 +461,16 @@ def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_pat
     monkeypatch.setattr(opener_module, "start_child", start_at_times)
     monkeypatch.setattr(opener_module, "PAUSES", (0.01, 0.01))
     free = {3}
-    Openers()(tmp_path / "cat.png")
+    DecodePool()(tmp_path / "cat.png")
     free = set()
-    with pytest.raises(StorageFailed, match=r"no process can be started .*temporarily unavailable"):
-        Openers()(tmp_path / "cat.png")
+    with pytest.raises(StorageError, match=r"no process can be started .*temporarily unavailable"):
+        DecodePool()(tmp_path / "cat.png")
 
 
 def test_a_file_that_nobody_delivers_is_no_fault_of_the_picture(tmp_path, openers, monkeypatch):
     os.mkfifo(tmp_path / "slow.png")
     monkeypatch.setattr(opener_module, "OPEN_SECONDS", 1)
-    with pytest.raises(StorageFailed, match=r"slow.png has not been read within 1 s"):
+    with pytest.raises(StorageError, match=r"slow.png has not been read within 1 s"):
         openers(tmp_path / "slow.png")
 
 
@@ -483,7 +483,7 @@ def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch
     staged(monkeypatch, tmp_path / "staged", print_often + print_more)
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     for _ in range(3):
-        assert np.array_equal(np.asarray(Openers()(tmp_path / "cat.png")), ODD["bitmap.bmp"][1])
+        assert np.array_equal(np.asarray(DecodePool()(tmp_path / "cat.png")), ODD["bitmap.bmp"][1])
 
 
 def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch):
@@ -493,8 +493,8 @@ def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch
     staged(monkeypatch, tmp_path / "staged", slow)
     script = (
         "import sys; from pathlib import Path; import vqa_embeddings.data.decode_pool as module\n"
-        "openers = module.Openers(); openers(Path(sys.argv[1])); module.OPEN_SECONDS = 3; print('open', flush=True)\n"
-        "openers(Path(sys.argv[1])); print('open', flush=True)"
+        "decode = module.DecodePool(); decode(Path(sys.argv[1])); module.OPEN_SECONDS = 3; print('open', flush=True)\n"
+        "decode(Path(sys.argv[1])); print('open', flush=True)"
     )
     rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
     assert rank.stdout.readline() == b"open\n"

@@ -19,7 +19,7 @@ from tests.helpers import picture_writers as write
 from tests.helpers.odd_pictures import encoded, png
 from tests.helpers.picture_check import KNOWN, MAKERS, ffmpeg_encoded, made, smooth, tiff_shown, verdict
 from vqa_embeddings.data import pictures as images_module
-from vqa_embeddings.data.picture_limits import Viewing
+from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.pictures import decode
 from vqa_embeddings.errors import PictureUnreadable
 
@@ -32,7 +32,7 @@ DEEP = PICTURE << 8 | 0x5A
 
 
 def seen(data: bytes) -> np.ndarray:
-    return np.asarray(decode(Path("picture"), data, Viewing()))
+    return np.asarray(decode(Path("picture"), data, DecodeOptions()))
 
 
 def three(grey: np.ndarray) -> np.ndarray:

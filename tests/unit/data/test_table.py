@@ -29,7 +29,7 @@ from vqa_embeddings.data import table as tables
 from vqa_embeddings.data.columns import choose, clean, undecided
 from vqa_embeddings.data.csv_reader import DELIMITERS
 from vqa_embeddings.data.table import Table, read_rows, read_table, sample, select
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.store.run import Run, claim_run, keep_rows, read_run, read_run_rows
 
 HEADER = "question_id,image_id,question\n"
@@ -226,7 +226,7 @@ def test_a_table_takes_little_more_memory_than_its_file(tmp_path):
 
 
 def refusal(tmp_path: Path, data: bytes) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InputError) as refused:
         table(tmp_path, data)
     return str(refused.value)
 
@@ -326,14 +326,14 @@ def test_ids_that_cannot_be_used_are_named_by_their_lines_and_no_others(tmp_path
         if not bad:
             assert list(read_table(path).ids) == ids
         else:
-            with pytest.raises(Refused) as refused:
+            with pytest.raises(InputError) as refused:
                 read_table(path)
             assert f"({'; '.join(bad[:3])})" in str(refused.value)
 
 
 def test_only_the_first_bad_ids_are_named(tmp_path):
     rows = "".join(f"same,a.jpg,q{index}\n" for index in range(9))
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InputError) as refusal:
         table(tmp_path, f"question_id,image_id,question\n{rows}".encode())
     assert str(refusal.value).count("is there already") == 3
 
@@ -418,7 +418,7 @@ def test_of_two_columns_the_one_that_names_files_is_taken_and_said(two_columns):
 def test_where_neither_column_names_files_both_are_named(two_columns):
     shutil.rmtree(two_columns / "images")
     (two_columns / "images").mkdir()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InputError) as refused:
         begin(two_columns)
     assert (
         "has the columns image_id and image_name, and the first values of neither are pictures (such as '0' and "
@@ -451,5 +451,5 @@ def test_of_two_launches_that_begin_at_once_the_one_that_chose_other_columns_is_
         picture.rename(picture.with_suffix(""))
     run = remember(two_columns, dict(begin(two_columns).columns.names))
     wanted = replace(run, rows_sha256=late.fingerprint(), columns=dict(late.columns.names))
-    with pytest.raises(Refused, match=r"columns: question_id, image_id, .* there, question_id, image_name, .* now"):
+    with pytest.raises(InputError, match=r"columns: question_id, image_id, .* there, question_id, image_name, .* now"):
         claim_run(two_columns / "out", wanted)

@@ -22,15 +22,16 @@ from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, 
 from tests.unit.store.test_embeddings import COLUMNS
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.app.launch import Launch, take_stock
+from vqa_embeddings.app.launch import Launch, read_work_state
 from vqa_embeddings.app.merge import check, merge
 from vqa_embeddings.app.plan_summary import brief
 from vqa_embeddings.cli.options import parse_extract, parse_merge
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data import decode_pool as opener_module
-from vqa_embeddings.data.decode_pool import Openers
+from vqa_embeddings.data.decode_options import DecodeOptions
+from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.picture_limits import Viewing, is_truncated
+from vqa_embeddings.data.picture_limits import is_truncated
 from vqa_embeddings.data.pictures import decode, open_picture
 from vqa_embeddings.data.table import Table, read_table
 from vqa_embeddings.errors import PictureUnreadable
@@ -38,7 +39,7 @@ from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.run import read_run, read_run_rows
 
-FAIL, SHOW = Viewing(), Viewing(show_truncated=True)
+FAIL, SHOW = DecodeOptions(), DecodeOptions(show_truncated=True)
 SMALL = CAT[:61, :83]
 JPEGS = {
     "baseline": encoded(SMALL, "JPEG", quality=90),
@@ -52,25 +53,25 @@ JPEGS = {
 CUT = "cannot be read as a picture: it is cut off; expected a whole one, .*--truncated-pictures show"
 
 
-def opened(data: bytes, viewing: Viewing = FAIL) -> Image.Image:
-    return decode(Path("cat.jpg"), data, viewing)
+def opened(data: bytes, decode_options: DecodeOptions = FAIL) -> Image.Image:
+    return decode(Path("cat.jpg"), data, decode_options)
 
 
-def pixels(data: bytes, viewing: Viewing = FAIL) -> np.ndarray:
-    return np.asarray(opened(data, viewing))
+def pixels(data: bytes, decode_options: DecodeOptions = FAIL) -> np.ndarray:
+    return np.asarray(opened(data, decode_options))
 
 
 @pytest.fixture(scope="module")
-def openers() -> dict[Viewing, Openers]:
-    return {FAIL: Openers(FAIL), SHOW: Openers(SHOW)}
+def openers() -> dict[DecodeOptions, DecodePool]:
+    return {FAIL: DecodePool(FAIL), SHOW: DecodePool(SHOW)}
 
 
-@pytest.mark.parametrize("viewing", [FAIL, SHOW])
+@pytest.mark.parametrize("decode_options", [FAIL, SHOW])
 @pytest.mark.parametrize("name", JPEGS)
-def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(tmp_path, openers, name, viewing):
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(tmp_path, openers, name, decode_options):
     for lost in (1, 2):
         (tmp_path / "cat.jpg").write_bytes(JPEGS[name][:-lost])
-        for open_ in (partial(open_picture, viewing=viewing), openers[viewing]):
+        for open_ in (partial(open_picture, decode_options=decode_options), openers[decode_options]):
             picture = open_(tmp_path / "cat.jpg")
             assert np.array_equal(np.asarray(picture), seen(JPEGS[name])) and not is_truncated(picture)
 
@@ -130,9 +131,9 @@ def test_bytes_between_the_segments_hide_no_cut(junk):
 def test_a_webp_that_is_cut_off_says_so_and_has_nothing_to_show():
     whole = encoded(CAT, "WEBP")
     assert pixels(whole).shape == CAT.shape
-    for viewing in (FAIL, SHOW):
+    for decode_options in (FAIL, SHOW):
         with pytest.raises(PictureUnreadable, match=r"it is cut off; expected a whole one, mend or replace it$"):
-            opened(whole[: len(whole) // 2], viewing)
+            opened(whole[: len(whole) // 2], decode_options)
 
 
 def cut_off() -> dict[str, tuple[bytes, bytes]]:
@@ -158,7 +159,7 @@ def test_a_picture_that_is_cut_off_is_shown_with_a_mark_where_that_is_asked_for(
     part, whole = CUT_OFF[name]
     for data, truncated in ((part, True), (whole, False)):
         (tmp_path / name).write_bytes(data)
-        for open_ in (partial(open_picture, viewing=SHOW), openers[SHOW]):
+        for open_ in (partial(open_picture, decode_options=SHOW), openers[SHOW]):
             picture = open_(tmp_path / name)
             assert is_truncated(picture) == truncated
             same = np.all(np.asarray(picture) == seen(whole), axis=(1, 2))
@@ -191,13 +192,13 @@ def test_no_file_says_of_itself_that_it_is_cut_off():
     assert not is_truncated(opened(whole, SHOW))
 
 
-@pytest.mark.parametrize("through", [Openers(), open_picture], ids=["openers", "alone"])
+@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["openers", "alone"])
 def test_a_picture_with_too_many_pixels_is_refused_by_the_limit_that_the_user_sets(tmp_path, through):
     (tmp_path / "bomb.png").write_bytes(UNREADABLE["bomb.png"])
     advice = r"expected 178.9 at most, scale it or raise --max-megapixels$"
     with pytest.raises(PictureUnreadable, match=rf"it has 3,600.0 megapixels; {advice}"):
         through(tmp_path / "bomb.png")
-    enough, less = Viewing(max_megapixels=128 * 96 / 1e6), Viewing(max_megapixels=0.0122)
+    enough, less = DecodeOptions(max_megapixels=128 * 96 / 1e6), DecodeOptions(max_megapixels=0.0122)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(pixels(encoded(CAT, "PNG"), enough), CAT)
@@ -205,21 +206,21 @@ def test_a_picture_with_too_many_pixels_is_refused_by_the_limit_that_the_user_se
         opened(encoded(CAT, "PNG"), less)
 
 
-@pytest.mark.parametrize("viewing", [Viewing(0.002), Viewing(0.002, show_truncated=True)])
-def test_a_picture_within_another_counts_as_well(viewing):
+@pytest.mark.parametrize("decode_options", [DecodeOptions(0.002), DecodeOptions(0.002, show_truncated=True)])
+def test_a_picture_within_another_counts_as_well(decode_options):
     """An icon may hold a larger one than it says."""
     icon = bytearray(encoded(Image.fromarray(CAT[:64, :64]), "ICO", sizes=[(64, 64)]))
     icon[6:8] = 16, 16
     with pytest.raises(PictureUnreadable, match=r"it has 0.0 megapixels; expected 0.002 at most"):
-        opened(bytes(icon), viewing)
+        opened(bytes(icon), decode_options)
 
 
 def test_the_limit_of_pixels_is_the_programs_own_and_memory_grows_with_it(tmp_path, monkeypatch):
     Image.new("1", (10_000, 4_000)).save(tmp_path / "wide.png")
     monkeypatch.setattr(opener_module, "MEMORY_BYTES", 250 << 20)
     with pytest.raises(PictureUnreadable, match="it takes too much memory"):
-        Openers()(tmp_path / "wide.png")
-    assert Openers(Viewing(max_megapixels=1000))(tmp_path / "wide.png").size == (10_000, 4_000)
+        DecodePool()(tmp_path / "wide.png")
+    assert DecodePool(DecodeOptions(max_megapixels=1000))(tmp_path / "wide.png").size == (10_000, 4_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     assert open_picture(tmp_path / "wide.png").size == (10_000, 4_000)
     assert Image.MAX_IMAGE_PIXELS == 1
@@ -317,7 +318,7 @@ def test_the_plan_says_how_many_there_are(out):
     options = parse_extract(None, ["--demo", "--output-dir", str(out)])
     run = read_run(out)
     table = read_run_rows(out, run)
-    stock = take_stock(options, run, table)
+    stock = read_work_state(options, run, table)
     launch = Launch(type(stock).from_bytes(stock.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0))
     lines = list(islice(brief(World(), options, run, launch, table, *[None] * 5), 4))
     assert lines[2:] == [
@@ -358,5 +359,5 @@ def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted
 
     found = find_checkpoint(str(checkpoint), None, checkpoint)
     engine = Phi4(*load_model(found, "cpu", "float32", "sdpa", "merged"), 3)
-    records = extract(engine, table, [0], PictureFolder(images), None, 1, viewing=SHOW)
+    records = extract(engine, table, [0], PictureFolder(images), None, 1, decode_options=SHOW)
     return [record for some in records for record in some]

@@ -14,7 +14,7 @@ from tests.conftest import TOKENS, table_rows
 from tests.helpers.reference import strict_error
 from tests.unit.models.test_model import TOLERANCE, ask, assert_equals, load
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.engine import runner as batch_room
 from vqa_embeddings.engine import scheduler as extract_room
@@ -142,7 +142,7 @@ def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_i
     broken, picture = model.pixels(open_picture(DATA / "rocket.jpg")), open_picture(DATA / "cat.jpg")
     questions = ["Is there " + "really " * 15 + "a cat?", "Why?", "Where?", "Is it?"]
     asked = iter([([0], broken), ([1, 2, 3], model.pixels(picture))])
-    flight, records = Flight(model, questions, asked, 4, Stages()), {}
+    flight, records = Flight(model, questions, asked, 4, Timings()), {}
     while not flight.over:
         records.update({record.row: record for record in flight.advance()})
     assert records[0].error == "NonFiniteValues"
@@ -187,7 +187,7 @@ def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model
         return make(decoder, size)
 
     monkeypatch.setattr(extract_room, "Batch", scant)
-    stages = Stages()
+    stages = Timings()
     flight = Flight(model, questions, iter([(list(range(5)), model.pixels(picture))]), None, stages)
     found = []
     while not flight.over:
@@ -222,7 +222,7 @@ def test_a_run_that_is_to_stop_finishes_the_rows_under_way_and_begins_none(model
     name, rows = max(by_picture.items(), key=lambda group: len(group[1]))
     pixels = model.pixels(open_picture(DATA / name))
     pictures = iter([(list(range(len(rows))), pixels)])
-    flight = Flight(model, [row["question"] for row in rows], pictures, 4, Stages())
+    flight = Flight(model, [row["question"] for row in rows], pictures, 4, Timings())
     records = []
     while not flight.under_way:
         records += flight.advance()

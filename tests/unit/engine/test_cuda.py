@@ -120,7 +120,7 @@ def a_tensor_of_the_host_in_a_capture(monkeypatch):
 
 
 def a_copy_from_the_host_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda step: compute.send(torch.ones(3), step.kept.device))
+    within_a_step(monkeypatch, lambda step: compute.to_device(torch.ones(3), step.kept.device))
 
 
 def a_wait_in_a_capture(monkeypatch):

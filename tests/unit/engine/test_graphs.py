@@ -13,7 +13,7 @@ from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.engine import cuda_graphs as steps_room
 from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
 from vqa_embeddings.engine.runner import Batch
-from vqa_embeddings.layers.kv_cache import Cache
+from vqa_embeddings.layers.kv_cache import KVCache
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.records import Extracted
 
@@ -61,14 +61,14 @@ def test_what_a_cache_held_before_reaches_no_row(model, pictures, monkeypatch):
     """Not through the seats of a graph that are nobody's, whose tokens are none: of its eight, two or three here."""
     few = [(picture, asked[:2]) for picture, asked in pictures[:3]]
     wanted = answers(ask(model, few, 32))
-    make = Cache.__init__
+    make = KVCache.__init__
 
     def full_of_nan(self, *given):
         make(self, *given)
         for pool in (self._page_keys, self._page_values, self._seat_keys, self._seat_values):
             pool.fill_(torch.nan)
 
-    monkeypatch.setattr(Cache, "__init__", full_of_nan)
+    monkeypatch.setattr(KVCache, "__init__", full_of_nan)
     found, graphs = answers_with_graphs(model, few, 32)
     assert graphs and found == wanted
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from vqa_embeddings.app.plan_summary import describe_memory
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers import gpu_claims as claims
-from vqa_embeddings.layers.device import fair_share, find_device, lacks_binaries, receive
+from vqa_embeddings.layers.device import fair_share, find_device, lacks_binaries, to_host
 from vqa_embeddings.layers.gpu_claims import Claim
 
 BUILT = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]  # of torch, in most tests
@@ -83,7 +83,9 @@ def test_a_gpu_that_torch_has_no_binaries_for_is_refused_before_it_is_claimed(mo
         "get_arch_list": BUILT,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    with pytest.raises(Refused, match=r"^Tesla V100 has compute capability 7.0, torch .* is built for sm_75, sm_80,"):
+    with pytest.raises(
+        InputError, match=r"^Tesla V100 has compute capability 7.0, torch .* is built for sm_75, sm_80,"
+    ):
         find_device(0)
 
 
@@ -190,7 +192,7 @@ def test_tensors_that_are_received_in_one_piece_are_what_they_were():
         torch.tensor([torch.nan, -torch.inf]),
         torch.empty(0, 4),
     ]
-    assert receive(*tensors)[1] is tensors[1]
+    assert to_host(*tensors)[1] is tensors[1]
     pieces = compute.in_one_piece(tensors)
     for found, wanted in zip(pieces, tensors, strict=True):
         assert found.dtype == wanted.dtype and found.shape == wanted.shape

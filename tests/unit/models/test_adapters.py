@@ -18,7 +18,7 @@ from tests.helpers.reference import strict_error
 from tests.system.test_refusals import edit_adapter, refused
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.models.phi4mm.adapters import check_shares
 from vqa_embeddings.models.phi4mm.weights import load_model
@@ -99,23 +99,25 @@ def test_weights_that_hold_the_lora_are_loaded_as_they_are_with_none(copy, check
 @pytest.mark.parametrize("lora", ["merged", "adapter"])
 def test_a_lora_that_is_in_the_weights_is_not_added_again(copy, checkpoint, lora):
     merge_by_hand(copy, checkpoint, twice)
-    with pytest.raises(Refused, match=r"in the weights already \(1\.00 of it .*\); .* use --lora none"):
+    with pytest.raises(InputError, match=r"in the weights already \(1\.00 of it .*\); .* use --lora none"):
         load(copy, lora)
 
 
 def test_a_lora_that_is_not_in_the_weights_is_not_left_out(copy):
-    with pytest.raises(Refused, match=r"is not in the weights \(-?0\.0\d of it .*\); .* use --lora merged"):
+    with pytest.raises(InputError, match=r"is not in the weights \(-?0\.0\d of it .*\); .* use --lora merged"):
         load(copy, "none")
 
 
 def test_a_checkpoint_without_any_lora_is_refused_unless_its_weights_hold_it(copy):
     leave_out_lora(copy)
-    with pytest.raises(Refused, match=r"^Vision adapter not found: .* use --lora none where it has been merged into"):
+    with pytest.raises(
+        InputError, match=r"^Vision adapter not found: .* use --lora none where it has been merged into"
+    ):
         find_checkpoint(str(copy), None, copy)
     assert find_checkpoint(str(copy), None, copy, "none").adapter is None
     (copy / "vision-lora").mkdir()
     (copy / "vision-lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(Refused, match=r"^Vision adapter not found: "):  # half of one may be what the weights lack
+    with pytest.raises(InputError, match=r"^Vision adapter not found: "):  # half of one may be what the weights lack
         find_checkpoint(str(copy), None, copy, "none")
 
 
@@ -142,9 +144,9 @@ def test_whether_the_weights_hold_a_lora_is_seen_however_it_was_trained(tmp_path
     edit_weights(apart, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
     held = shutil.copytree(apart, tmp_path / "held")
     merge_by_hand(held, checkpoint, scale, dtype)
-    with pytest.raises(Refused, match=r"is not in the weights \(-?0\."):
+    with pytest.raises(InputError, match=r"is not in the weights \(-?0\."):
         load(apart, "none")
-    with pytest.raises(Refused, match=r"is in the weights already \((0\.9|1\.0)"):
+    with pytest.raises(InputError, match=r"is in the weights already \((0\.9|1\.0)"):
         load(held)
     if dtype == torch.float32:  # in a narrow format merging here rounds once, and merging by hand twice
         assert_same_weights(load(held, "none"), load(apart))
@@ -154,12 +156,12 @@ def test_the_median_decides_and_not_a_projection_that_was_moved_far():
     apart, held = [0.0, 0.01, -0.1, 0.24, 40.0], [1.0, 0.9, 1.2, 1.0, -40.0]
     for lora in ("merged", "adapter"):
         check_shares("x", apart, lora)
-        with pytest.raises(Refused, match="in the weights already"):
+        with pytest.raises(InputError, match="in the weights already"):
             check_shares("x", held, lora)
     check_shares("x", held, "none")
     check_shares("x", [math.nan, *held], "none")
     check_shares("x", [math.nan], "none")  # an adapter of zeros, as a merge may leave it, tells nothing
-    with pytest.raises(Refused, match="is not in the weights"):
+    with pytest.raises(InputError, match="is not in the weights"):
         check_shares("x", apart, "none")
 
 
@@ -188,7 +190,7 @@ def test_a_tensor_among_the_weights_that_nothing_reads_is_refused_by_name(origin
     name, saying = STRANGE[kind]
     copy = shutil.copytree(original, tmp_path / "model")
     edit_weights(copy, lambda t: {**t, QKV + name: torch.ones(8, 96)} if "model.norm.weight" in t else t)
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InputError) as refusal:
         load(copy, lora)
     assert QKV + name in str(refusal.value) and saying in str(refusal.value)
 
@@ -210,7 +212,7 @@ def test_a_tensor_in_the_adapters_folder_that_nothing_reads_is_refused_by_name(t
         copy = shutil.copytree(folder, tmp_path / folder.parent.name)
         shutil.copytree(checkpoint / "vision-lora", copy / "vision-lora", dirs_exist_ok=True)
         edit_adapter(copy, lambda tensors: {**tensors, name: torch.ones(519, 96)})
-        with pytest.raises(Refused, match=f"1 tensors of an adapter that nothing reads, the first {name};"):
+        with pytest.raises(InputError, match=f"1 tensors of an adapter that nothing reads, the first {name};"):
             find_checkpoint(str(copy), None, copy)
 
 
@@ -218,7 +220,7 @@ def test_a_matrix_that_the_folder_has_under_two_names_is_refused(tmp_path, check
     copy = shutil.copytree(checkpoint, tmp_path / "model")
     name = f"{QKV}.lora_A.weight"
     edit_adapter(copy, lambda tensors: {**tensors, f"base_model.model.{name}": tensors[name] * 2})
-    with pytest.raises(Refused, match=f"holds {name} twice"):
+    with pytest.raises(InputError, match=f"holds {name} twice"):
         find_checkpoint(str(copy), None, copy)
 
 
@@ -246,7 +248,7 @@ def test_a_setting_that_would_not_be_applied_is_refused_by_name(tmp_path, checkp
     lora = json.loads((other / "config.json").read_text())["vision_lora"]
     edit_json(other / "config.json", vision_lora={**lora, name: SETTINGS[name]})
     for folder in (copy, other):
-        with pytest.raises(Refused, match=f"has {name} .*; expected a LoRA without it"):
+        with pytest.raises(InputError, match=f"has {name} .*; expected a LoRA without it"):
             find_checkpoint(str(folder), None, folder)
 
 
@@ -265,7 +267,7 @@ def test_an_exception_for_a_projection_that_is_not_there_is_refused(tmp_path, ch
     """As of names from the original layout's level, which peft compares with the model's and drops."""
     copy = shutil.copytree(checkpoint, tmp_path / "model")
     edit_json(copy / "vision-lora" / "adapter_config.json", **{setting: {"^layers.0.self_attn.qkv_proj": 64}})
-    with pytest.raises(Refused, match=rf"{setting} names \^layers\.0\.self_attn\.qkv_proj, which none of"):
+    with pytest.raises(InputError, match=rf"{setting} names \^layers\.0\.self_attn\.qkv_proj, which none of"):
         find_checkpoint(str(copy), None, copy)
 
 
@@ -275,7 +277,7 @@ def test_a_lora_among_the_weights_and_another_in_the_folder_is_refused(tmp_path,
     edit_adapter(copy, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
     assert_same_weights(load(copy), load(checkpoint))  # the same, rounded: as the hub's folder has it
     edit_adapter(copy, lambda tensors: {name: t * 1.01 if name.startswith(QKV) else t for name, t in tensors.items()})
-    with pytest.raises(Refused, match=rf"holds two vision LoRAs, .* differ at {QKV}\.lora_A\.weight; expected one"):
+    with pytest.raises(InputError, match=rf"holds two vision LoRAs, .* differ at {QKV}\.lora_A\.weight; expected one"):
         load(copy)
 
 
@@ -286,7 +288,7 @@ def test_an_adapter_alone_is_refused_with_the_model_that_it_belongs_to(tmp_path,
     alone = shutil.copytree(checkpoint / "vision-lora", tmp_path / "alone")
     edit_json(alone / "adapter_config.json", base_model_name_or_path="some/model")
     saying = r"holds an adapter alone .* put it into vision-lora/ of the model that it was trained from \(some/model\)"
-    with pytest.raises(Refused, match=saying):
+    with pytest.raises(InputError, match=saying):
         find_checkpoint(str(alone), None, tmp_path)
 
 
@@ -298,10 +300,12 @@ def test_a_folder_of_checkpoints_is_refused_with_the_one_to_give(tmp_path, check
     other.mkdir(parents=True)
     (other / "config.json").write_text('{"model_type": "phi3"}')
     for folder in (snapshots, snapshots.parent, snapshots.parent.parent):
-        with pytest.raises(Refused, match=f"is no checkpoint, but holds some below; .* give --model {snapshots}/0123$"):
+        with pytest.raises(
+            InputError, match=f"is no checkpoint, but holds some below; .* give --model {snapshots}/0123$"
+        ):
             find_checkpoint(str(folder), None, tmp_path)
     shutil.copytree(checkpoint, tmp_path / "trainer" / "checkpoint-500")
-    with pytest.raises(Refused, match=f"give --model {tmp_path}/trainer/checkpoint-500$"):
+    with pytest.raises(InputError, match=f"give --model {tmp_path}/trainer/checkpoint-500$"):
         find_checkpoint(str(tmp_path / "trainer"), None, tmp_path)
 
 
@@ -315,7 +319,7 @@ def test_a_folder_of_checkpoints_is_refused_with_the_one_to_give(tmp_path, check
 )
 def test_weights_that_were_saved_inside_of_something_are_refused_with_what_saves_them(copy, prefix, command):
     edit_weights(copy, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InputError) as refusal:
         find_checkpoint(str(copy), None, copy)
     assert f"holds {prefix}model." in str(refusal.value) and command in str(refusal.value)
 
@@ -325,5 +329,5 @@ def test_a_checkpoint_without_its_tokenizer_is_refused_with_the_files_to_copy(co
     (copy / name).unlink()
     third = {"native": r"processor_config.json \(or preprocessor_config.json", "original": "preprocessor_config.json"}
     saying = f"holds no {name}; .* copy tokenizer.json, tokenizer_config.json and {third[copy.name]}.* from the model"
-    with pytest.raises(Refused, match=saying):
+    with pytest.raises(InputError, match=saying):
         find_checkpoint(str(copy), None, copy)

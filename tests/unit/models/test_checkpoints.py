@@ -25,13 +25,12 @@ from tests.helpers.reference import cosine
 from tests.system.test_refusals import ADAPTERS, refused
 from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.cli.options import MODEL
 from vqa_embeddings.data.pictures import open_picture
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers.device import Device, _no_flash_package, choose_attention, choose_dtype
 from vqa_embeddings.models import checkpoint as checkpoints
 from vqa_embeddings.models.checkpoint import find_checkpoint
-from vqa_embeddings.models.hub import NATIVE_REVISION
+from vqa_embeddings.models.hub import MODEL, NATIVE_REVISION
 from vqa_embeddings.models.phi4mm.formats import IMAGE_TOKENS
 from vqa_embeddings.models.phi4mm.weights import _load_image_processor, load_model
 
@@ -99,7 +98,7 @@ def test_pictures_are_prepared_as_the_checkpoint_says_in_both_layouts(copy):
 
 def test_settings_of_pictures_that_no_picture_can_have_are_refused_before_any_row(copy):
     overwrite_preprocessor(copy, image_mean=[0.5, 0.5])
-    with pytest.raises(Refused, match="cannot be loaded: "):
+    with pytest.raises(InputError, match="cannot be loaded: "):
         load(copy)
 
 
@@ -165,7 +164,7 @@ def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(orig
     edit_json(copy / "config.json", vision_config=None)
     found = find_checkpoint(str(copy), None, copy)
     assert found.vision_size == 1152
-    with pytest.raises(Refused, match=r"extensor is of size \[1, 1, 32\], its config.json asks for \[1, 1, 1152\]"):
+    with pytest.raises(InputError, match=r"extensor is of size \[1, 1, 32\], its config.json asks for \[1, 1, 1152\]"):
         load_model(found, "cpu", "float32", "sdpa", "merged")
 
 
@@ -261,7 +260,7 @@ def test_a_new_model_goes_to_the_hubs_cache_where_the_environment_names_one(two_
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(Refused, match="no network; looked in model_cache and in "):
+    with pytest.raises(InputError, match="no network; looked in model_cache and in "):
         find_checkpoint(MODEL, None, None)
     assert asked[-1]["cache_dir"].resolve() == (hubs if named else own)
     assert [how["local_files_only"] for how in asked] == [True, True, False]
@@ -346,12 +345,12 @@ def test_what_is_chosen_suits_the_device_and_says_why(device, asked, dtype, atte
     ],
 )
 def test_kernels_that_cannot_run_are_refused_with_the_reason(device, dtype, reason):
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(InputError, match=reason):
         choose_attention("flash_attention_2", dtype, device)
 
 
 def test_a_format_that_the_device_lacks_is_refused():
-    with pytest.raises(Refused, match="an old GPU has none; use float16 or float32"):
+    with pytest.raises(InputError, match="an old GPU has none; use float16 or float32"):
         choose_dtype("bfloat16", OLD_GPU)
 
 
@@ -448,7 +447,7 @@ def test_a_file_without_permission_is_refused(copy, monkeypatch):
         return really_open(path, *arguments)
 
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(Refused, match=r"cannot be read \(.*Permission denied.*\); check its permissions and links"):
+    with pytest.raises(InputError, match=r"cannot be read \(.*Permission denied.*\); check its permissions and links"):
         find_checkpoint(str(copy), None, copy)
 
 
@@ -511,7 +510,7 @@ def test_an_end_token_that_only_the_tokenizers_settings_name_is_refused(copy):
     path = copy / "tokenizer.json"
     path.write_text(path.read_text().replace("<|end|>", "<|other|>"))
     edit_json(copy / "tokenizer_config.json", extra_special_tokens=["<|end|>"])
-    with pytest.raises(Refused, match=r"has no special token <\|end\|>"):
+    with pytest.raises(InputError, match=r"has no special token <\|end\|>"):
         load(copy)
 
 

@@ -17,7 +17,7 @@ from tests.helpers import flash_stand_in
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import Reference, relative_error, strict_error
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.base.timings import Stages
+from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.engine.runner import Batch
 from vqa_embeddings.engine.scheduler import Flight, checked
@@ -54,7 +54,7 @@ def ask(
         rows = list(range(len(questions), len(questions) + len(texts)))
         questions += texts
         pictures.append((rows, model.pixels(picture)))
-    flight, records = Flight(model, questions, iter(pictures), batch_size, Stages()), []
+    flight, records = Flight(model, questions, iter(pictures), batch_size, Timings()), []
     while not flight.over:
         records += flight.advance()
     assert sorted(record.row for record in records) == list(range(len(questions)))

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 
 from vqa_embeddings.app.plan_summary import describe_crops
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.models.phi4mm import settings
 from vqa_embeddings.models.phi4mm.settings import HEAD, added_tokens, find_ends, find_picture_settings
 
@@ -76,7 +76,7 @@ def test_where_no_place_names_a_number_of_crops_the_models_own_is_assumed(files)
 def test_what_contradicts_itself_or_the_model_is_refused_and_both_places_are_named(
     preprocessor, processor, config, saying
 ):
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InputError) as refusal:
         pictures(preprocessor, processor, config)
     for part in ("model: ", *saying):
         assert part in str(refusal.value)
@@ -125,7 +125,7 @@ def test_where_a_native_config_names_no_end_the_librarys_two_are_meant():
 
 @pytest.mark.parametrize("bad", ["<|end|>", 1.0, True, {"id": 1}, ["a"], [None]])
 def test_an_end_token_that_is_no_number_is_refused(bad):
-    with pytest.raises(Refused, match=r"model: generation_config\.json has eos_token_id .*; expected numbers of"):
+    with pytest.raises(InputError, match=r"model: generation_config\.json has eos_token_id .*; expected numbers of"):
         ends(512, bad)
 
 

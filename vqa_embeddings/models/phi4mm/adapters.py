@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 
 AMONG = re.compile(r"\.lora_[AB]\.(vision|speech)\.weight$")  # among the weights; no picture needs the speech LoRA's
 IN_FOLDER = re.compile(r"\.lora_[AB]\.weight$")
@@ -52,7 +52,7 @@ def lora_among(where: str, names: Iterable[str]) -> dict[str, str]:
     """The vision LoRA among a checkpoint's tensors: their names there, by the names that the library's model has.
 
     Raises:
-        Refused: there are tensors of another adapter, or of another kind.
+        InputError: there are tensors of another adapter, or of another kind.
     """
     lora = [name for name in names if ".lora_" in name and ".audio_embed." not in name]
     _refuse_unread(where, lora, AMONG, "the LoRA called vision, beside that of speech")
@@ -65,7 +65,7 @@ def lora_in_folder(where: str, names: Iterable[str]) -> dict[str, str]:
     peft writes a prefix, and the original layout begins one level below the top.
 
     Raises:
-        Refused: there is more than the matrices of a LoRA, or one of them twice.
+        InputError: there is more than the matrices of a LoRA, or one of them twice.
     """
     names = list(names)
     _refuse_unread(where, names, IN_FOLDER, "the matrices lora_A and lora_B of one LoRA")
@@ -74,7 +74,7 @@ def lora_in_folder(where: str, names: Iterable[str]) -> dict[str, str]:
         bare = stored.removeprefix("base_model.model.")
         name = f"model.{bare}" if bare.startswith("layers.") else bare
         if name in found:
-            raise Refused(
+            raise InputError(
                 f"{where} holds {name} twice, as {found[name]} and as {stored}; expected one, remove the other"
             )
         found[name] = stored
@@ -95,7 +95,7 @@ def _refuse_unread(where: str, names: Iterable[str], read: re.Pattern[str], expe
             "it has PEFT's own name: where it is the vision LoRA, write .vision. for .default. in the names, and its "
             f"r, lora_alpha and layer as vision_lora into config.json; where it is another, {MERGE}"
         )
-    raise Refused(
+    raise InputError(
         f"{where} holds {len(strange)} tensors of an adapter that nothing reads, the first {strange[0]}; "
         f"expected {expected}; {advice}"
     )
@@ -105,7 +105,7 @@ def settings_among(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a vision LoRA that lies among the weights, as peft's `LoraConfig` takes them.
 
     Raises:
-        Refused: `config.json` does not give them, or gives others.
+        InputError: `config.json` does not give them, or gives others.
     """
     lora = config.get("vision_lora")
     try:
@@ -114,7 +114,7 @@ def settings_among(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"r": int(lora["r"]), "lora_alpha": float(lora["lora_alpha"])}
         found["target_modules"] = from_top(lora["layer"])
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise Refused(
+        raise InputError(
             f"Vision adapter not found: {where} holds LoRA tensors, but its config.json gives no vision_lora with r, "
             "lora_alpha and layer; use the config.json of the same checkpoint"
         ) from None
@@ -126,11 +126,11 @@ def settings_in_folder(where: str, settings: Mapping[str, Any]) -> dict[str, Any
     """Those of an adapter's own settings that its values depend on.
 
     Raises:
-        Refused: it is no LoRA, or one with something that would not be applied.
+        InputError: it is no LoRA, or one with something that would not be applied.
     """
     if settings.get("peft_type") != "LORA":
         kind = f"peft_type {settings.get('peft_type')!r}"
-        raise Refused(f"{where} is of {kind}; expected LORA, use the adapter of the same checkpoint")
+        raise InputError(f"{where} is of {kind}; expected LORA, use the adapter of the same checkpoint")
     _refuse_settings(where, settings, (*APPLIED, *IDLE))
     found = {name: settings[name] for name in APPLIED if name in settings}
     return {"peft_type": "LORA", **found, "target_modules": from_top(settings.get("target_modules"))}
@@ -139,7 +139,7 @@ def settings_in_folder(where: str, settings: Mapping[str, Any]) -> dict[str, Any
 def _refuse_settings(where: str, settings: Mapping[str, Any], known: Collection[str]) -> None:
     for name, value in sorted(settings.items()):
         if name not in known and value not in (PLAIN_STARTS if name == "init_lora_weights" else OFF):
-            raise Refused(
+            raise InputError(
                 f"{where} has {name} {value!r}, with which the adapter is more than its matrices; expected a LoRA "
                 f"without it; {MERGE}, and use --lora none"
             )
@@ -151,14 +151,14 @@ def check_patterns(where: str, settings: Mapping[str, Any], tensors: Iterable[st
     Args:
         tensors: of the adapter, by the names that the library's model has.
     Raises:
-        Refused: one is for something else.
+        InputError: one is for something else.
     """
     projections = sorted({name.rpartition(".lora_")[0] for name in tensors})
     for setting in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(setting) or {}
         for pattern in patterns if isinstance(patterns, dict) else [patterns]:
             if not any(_matches(str(pattern), name) for name in projections):
-                raise Refused(
+                raise InputError(
                     f"{where}: {setting} names {pattern}, which none of the adapter's projections is called; expected "
                     f"names such as {projections[0]}; correct {setting}"
                 )
@@ -180,18 +180,18 @@ def check_shares(where: str, shares: Sequence[float], lora: str) -> None:
             nothing. A fine-tune moves some of them far, their median little.
         lora: what was asked for: "none" where the weights hold the adapter already.
     Raises:
-        Refused: the weights say otherwise.
+        InputError: the weights say otherwise.
     """
     known = [share for share in shares if math.isfinite(share)]
     if not known or (median(known) > SHARE) == (lora == "none"):
         return
     found = f"{median(known):.2f} of it by the median of {len(known)} projections"
     if lora == "none":
-        raise Refused(
+        raise InputError(
             f"the vision LoRA of {where} is not in the weights ({found}); expected near 1 with --lora none: without it "
             "the vectors would be others, use --lora merged"
         )
-    raise Refused(
+    raise InputError(
         f"the vision LoRA of {where} is in the weights already ({found}); expected near 0 with --lora {lora}: with it "
         "twice the vectors would be others, use --lora none"
     )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vqa_embeddings.layers.attention import attend, attend_some, gather, join
-from vqa_embeddings.layers.device import send
-from vqa_embeddings.layers.kv_cache import Cache, CacheSize, Company
+from vqa_embeddings.layers.device import to_device
+from vqa_embeddings.layers.kv_cache import CacheSize, Company, KVCache
 
 NOT_FINITE = -1  # stands for a token where there is none to choose
 
@@ -45,11 +45,11 @@ class Decoder:
         """Memory of one token's keys and values in all layers, bytes."""
         return 2 * len(self._layers) * self._key_heads * self._head_size * self.dtype.itemsize
 
-    def new_cache(self, size: CacheSize) -> Cache:
+    def new_cache(self, size: CacheSize) -> KVCache:
         """A cache for this decoder."""
-        return Cache(len(self._layers), self._key_heads, self._head_size, size, self.dtype, self.device)
+        return KVCache(len(self._layers), self._key_heads, self._head_size, size, self.dtype, self.device)
 
-    def read_picture(self, embeddings: Tensor, long: bool, cache: Cache, pages: Sequence[int]) -> Tensor:
+    def read_picture(self, embeddings: Tensor, long: bool, cache: KVCache, pages: Sequence[int]) -> Tensor:
         """Run over a picture's part of the prompt, and leave its keys and values in pages of the cache.
 
         Args:
@@ -61,7 +61,7 @@ class Decoder:
         length = len(embeddings)
         positions = torch.arange(length, device=self.device)[None]
         angles = self.rotary(embeddings, positions, torch.full((1,), long, device=self.device))
-        where = send(torch.tensor(pages), self.device)
+        where = to_device(torch.tensor(pages), self.device)
         hidden, states = embeddings[None], []
         for index, layer in enumerate(self._layers):
             queries, keys, values = self._project(layer, hidden, angles)
@@ -77,7 +77,7 @@ class Decoder:
         return torch.stack(states).float()
 
     def read_rows(
-        self, cache: Cache, company: Company, pages: Tensor | int, first: int, tokens: Tensor, starts: Tensor,
+        self, cache: KVCache, company: Company, pages: Tensor | int, first: int, tokens: Tensor, starts: Tensor,
         ends: Tensor, width: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run over further tokens of rows in neighbouring seats, and leave their keys and values there.
@@ -128,7 +128,7 @@ class Decoder:
         return chosen.masked_fill_(~(least.isfinite() & most.isfinite()), NOT_FINITE)
 
     def _attend(
-        self, module: Any, cache: Cache, layer: int, company: Company, pages: Tensor | int, first: int, queries: Tensor,
+        self, module: Any, cache: KVCache, layer: int, company: Company, pages: Tensor | int, first: int, queries: Tensor,
         own: Tensor, width: int,
     ) -> Tensor:  # fmt: skip
         """Attention of rows over their picture's keys and their own up to `own`, [rows, length, heads, size]."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.models.phi4mm.adapters import AMONG
 
 LAYOUTS = {"phi4_multimodal": "native", "phi4mm": "original"}  # by the model_type of config.json
@@ -73,12 +73,12 @@ def find_layout(where: str, config: dict[str, Any]) -> str:
     """The layout of a checkpoint, by its `config.json`.
 
     Raises:
-        Refused: it is neither of the two.
+        InputError: it is neither of the two.
     """
     found = config.get("model_type")
     if not isinstance(found, str) or found not in LAYOUTS:
         known = " or ".join(f"{model_type!r} (the {layout} layout)" for model_type, layout in LAYOUTS.items())
-        raise Refused(f"{where} holds a checkpoint of model_type {found!r}; expected {known}, check --model")
+        raise InputError(f"{where} holds a checkpoint of model_type {found!r}; expected {known}, check --model")
     return LAYOUTS[found]
 
 
@@ -102,7 +102,7 @@ def refuse_wrapped(where: str, names: Iterable[str]) -> None:
     for name in sorted(names):
         for prefix, (wrapper, command) in WRAPPERS.items():
             if name.startswith(prefix):
-                raise Refused(
+                raise InputError(
                     f"{where} holds {name}, as a model is saved inside of {wrapper}; expected names without {prefix}: "
                     f"save the model itself with {command}"
                 )

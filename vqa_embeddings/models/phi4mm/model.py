@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vqa_embeddings.data.picture_limits import is_truncated
 from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
-from vqa_embeddings.layers.device import send
+from vqa_embeddings.layers.device import to_device
 from vqa_embeddings.models.checkpoint import kept_layers
 from vqa_embeddings.models.phi4mm.decoder import Decoder
 from vqa_embeddings.models.phi4mm.formats import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
@@ -99,7 +99,7 @@ class Phi4:
     def pictures(self, pixels: Sequence[Pixels]) -> list[Picture]:
         """Run SigLIP and the projector over pictures, together; each comes to what it comes to alone."""
         place = self._head.index(self._image_token)
-        around = self.decoder.embed(send(torch.tensor(self._head), self.decoder.device))
+        around = self.decoder.embed(to_device(torch.tensor(self._head), self.decoder.device))
         made = []
         for picture, seen in zip(pixels, self.vision(pixels), strict=True):
             embeddings = torch.cat([around[:place], seen.tokens.to(around.dtype), around[place + 1 :]])

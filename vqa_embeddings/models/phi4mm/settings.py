@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 
 CROPS = "dynamic_hd"  # the most crops of a picture, beside its global view
 CROPS_ASSUMED = 36  # the library's, and the model's
@@ -42,19 +42,19 @@ def find_picture_settings(where: str, files: Mapping[str, dict[str, Any]], confi
         files: the files about the processor that are there, by their names.
         config: `config.json`.
     Raises:
-        Refused: two places contradict each other, or the model, or a number of crops is none.
+        InputError: two places contradict each other, or the model, or a number of crops is none.
     """
     found: dict[str, tuple[Any, str]] = {
         name: (value, "the library's image processor") for name, value in FIXED.items()
     }
     for name, value, place in [*_of_tower(config), *_of_processor(files)]:
         if name == CROPS and (type(value) is not int or value < 1):
-            raise Refused(
+            raise InputError(
                 f"{where}: {place} has {CROPS} {value!r}; expected a number of crops, download the checkpoint again"
             )
         before, there = found.setdefault(name, (value, place))
         if before != value:
-            raise Refused(
+            raise InputError(
                 f"{where}: {place} has {name} {value!r}, and {there} has {before!r}; expected the same, "
                 "correct the one that the checkpoint was not trained with"
             )
@@ -127,14 +127,14 @@ def find_ends(
     Returns:
         How each is called, by its id.
     Raises:
-        Refused: an end token that is no number.
+        InputError: an end token that is no number.
     """
     ends = {token for token, text in names.items() if text == "<|end|>"}
     for file, content in files.items():
         value = content.get("eos_token_id")
         named = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in named):
-            raise Refused(
+            raise InputError(
                 f"{where}: {file} has eos_token_id {value!r}; expected numbers of tokens, download the checkpoint again"
             )
         ends.update(NATIVE_ENDS if native and value in (None, []) and file == "config.json" else named)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqa_embeddings.errors import Refused
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers.attention import attend
-from vqa_embeddings.layers.device import send
+from vqa_embeddings.layers.device import to_device
 
 # How many patches go through SigLIP at once: the more the better for a GPU; a CPU gains little beyond a picture's.
 PATCHES_AT_ONCE = {"cuda": 32_768, "cpu": 8192}
@@ -54,7 +54,7 @@ class Vision:
     Its attention looks both ways, which the library's own does not where no patch is masked.
 
     Raises:
-        Refused: crops of an odd number of patches a side, which the model's pooling would pad.
+        InputError: crops of an odd number of patches a side, which the model's pooling would pad.
     """
 
     def __init__(self, image_embed: Any, config: Any) -> None:
@@ -70,7 +70,7 @@ class Vision:
         self._crop: int = config.crop_size
         self._side: int = config.image_size // config.patch_size
         if self._side % 2:
-            raise Refused(f"the checkpoint's crops have {self._side} patches a side; expected an even number")
+            raise InputError(f"the checkpoint's crops have {self._side} patches a side; expected an even number")
         # What is not read need not stay in memory.
         tower.encoder.layers = nn.ModuleList(self._layers)
         tower.head = tower.post_layernorm = nn.Identity()
@@ -85,7 +85,7 @@ class Vision:
         for picture, mask, need in zip(pictures, masks, needed, strict=True):
             own = features[start : (start := start + int(need.sum()))]
             place = torch.cumsum(need.flatten(), 0).view(need.shape) - 1  # of each patch among the picture's own
-            mean = own[send(place[mask], device)].float().mean(dim=0)
+            mean = own[to_device(place[mask], device)].float().mean(dim=0)
             seen.append(Seen(self._project(own, place, mask, picture.size), mean))
         return seen
 
@@ -95,7 +95,10 @@ class Vision:
         made = []
         for first in range(0, len(crops), limit):
             chunk = slice(first, first + limit)
-            pixels, positions = send(crops[chunk], self._device), send(patch_positions(masks[chunk]), self._device)
+            pixels, positions = (
+                to_device(crops[chunk], self._device),
+                to_device(patch_positions(masks[chunk]), self._device),
+            )
             patches = self._embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
             embedded = patches + self._embeddings.position_embedding(positions)
             made.append(self._encode(embedded.flatten(0, 1), masks[chunk].flatten(1), needed[chunk].flatten(1)))
@@ -108,12 +111,12 @@ class Vision:
             mask, needed: bool [crops, patches]; what is needed holds what is unmasked.
         """
         order, groups = _arrange(mask, needed)
-        hidden = embedded[send(order, self._device)]
+        hidden = embedded[to_device(order, self._device)]
         for layer in self._layers:
             hidden = self._attention(layer.self_attn, layer.layer_norm1(hidden), groups).add_(hidden)
             hidden = layer.mlp(layer.layer_norm2(hidden)).add_(hidden)
         back = torch.argsort(order)  # the needed patches in reading order
-        return hidden[send(back, self._device)]
+        return hidden[to_device(back, self._device)]
 
     def _attention(self, module: Any, hidden: Tensor, groups: Sequence[tuple[int, int, int]]) -> Tensor:
         queries, keys, values = module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)
@@ -156,8 +159,8 @@ class Vision:
         order = torch.cat([lines[0], torch.tensor([view_end]), lines[1]])
         module = self._embed
         separators = [module.sub_img_feature_extensor.view(1, -1), module.global_img_feature_extensor.view(1, -1)]
-        cell_means = features[send(pooled, self._device)].mean(dim=1)
-        laid = torch.cat([cell_means, *separators])[send(order, self._device)]
+        cell_means = features[to_device(pooled, self._device)].mean(dim=1)
+        laid = torch.cat([cell_means, *separators])[to_device(order, self._device)]
         return module.img_projection_down(nn.functional.gelu(module.img_projection_up(laid)))
 
 

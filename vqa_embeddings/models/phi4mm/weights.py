@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vqa_embeddings.base.file_names import for_libraries
-from vqa_embeddings.errors import Refused, one_line
+from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.layers.device import keep_float32
 from vqa_embeddings.models.checkpoint import Adapter, Checkpoint
 from vqa_embeddings.models.phi4mm.adapters import check_shares
@@ -48,7 +48,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
     Returns:
         The `Phi4MultimodalForCausalLM`, on the device and ready to infer; the tokenizer; the image processor.
     Raises:
-        Refused: a file is damaged, a tensor is missing or of another size, the tokenizer is of another model, or the
+        InputError: a file is damaged, a tensor is missing or of another size, the tokenizer is of another model, or the
             adapter does not cover the decoder, is in the weights already, or with "none" is not.
     """
     import torch
@@ -78,12 +78,12 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, 
         model.generation_config.eos_token_id = list(checkpoint.ends)
         if checkpoint.adapter is not None:
             _settle_adapter(model, checkpoint.adapter, lora, getattr(torch, dtype))
-    except Refused:
+    except InputError:
         raise
     except _not_the_files():
         raise
     except Exception as error:  # the libraries raise nearly every kind of error on files that do not fit together
-        raise Refused(
+        raise InputError(
             f"{checkpoint.folder} cannot be loaded: {one_line(error)}; download the checkpoint again"
         ) from error
     return model.eval().requires_grad_(False), tokenizer, image_processor
@@ -108,7 +108,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     known = tokenizer.get_added_vocab()
     for token in (_image_token(checkpoint, tokenizer), *PROMPT_TOKENS):
         if token not in known or (token == "<|end|>" and known[token] not in checkpoint.ends):
-            raise Refused(
+            raise InputError(
                 f"{path} has no special token {token}; expected the prompt's own tokens, "
                 "download the tokenizer of the same checkpoint"
             )
@@ -142,7 +142,7 @@ def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
         return Phi4MultimodalConfig(**native_settings(checkpoint.config, image_token, audio_token))
     config = Phi4MultimodalConfig.from_pretrained(for_libraries(checkpoint.folder), local_files_only=True)
     if config.vision_config.image_token_id != image_token:
-        raise Refused(
+        raise InputError(
             f"{checkpoint.folder}: the tokenizer's image token is {image_token}, the config's is "
             f"{config.vision_config.image_token_id}; expected them to be the same, download the tokenizer and the "
             "config of one revision"
@@ -166,19 +166,19 @@ def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
     """Every tensor that is read is there, of the right size, and every one that is there has its place."""
     if loading["mismatched_keys"]:
         name, found, expected = min(loading["mismatched_keys"])
-        raise Refused(
+        raise InputError(
             f"{checkpoint.folder}: {name} is of size {list(found)}, its config.json asks for {list(expected)}; "
             "expected the weights and the config of one checkpoint, download them again"
         )
     lacking = sorted(name for name in loading["missing_keys"] if is_read(name))
     strange = sorted(name for name in loading["unexpected_keys"] if is_read(name))
     if lacking:
-        raise Refused(
+        raise InputError(
             f"{checkpoint.folder} lacks {len(lacking)} tensors of the model, the first {lacking[0]}; "
             "expected a whole checkpoint, download it again"
         )
     if strange:
-        raise Refused(
+        raise InputError(
             f"{checkpoint.folder} holds {len(strange)} tensors that the model has no place for, the first "
             f"{strange[0]}; expected a checkpoint of Phi-4-multimodal, check --model"
         )
@@ -206,7 +206,7 @@ def _check_copies(adapter: Adapter) -> None:
         row = rows.get(name)
         if row is None or row.shape != copy.shape or (row - copy).norm() > ROUNDING * row.norm():
             path, stored = adapter.copies[name]
-            raise Refused(
+            raise InputError(
                 f"{adapter.where} holds two vision LoRAs, one among the weights and one in {path.parent.name}, which "
                 f"differ at {stored}; expected one, remove the other ({path.parent.name}, or the .lora_ tensors)"
             )
@@ -232,12 +232,12 @@ def _inject(model: Any, adapter: Adapter) -> tuple[dict[str, Any], list[str]]:
     except _not_the_files():
         raise
     except (ValueError, RuntimeError) as error:
-        raise Refused(
+        raise InputError(
             f"{adapter.where} holds a vision LoRA that does not fit the model: {one_line(error)}; "
             "use the adapter of the same checkpoint"
         ) from None
     if loaded.unexpected_keys:
-        raise Refused(
+        raise InputError(
             f"{adapter.where} holds {loaded.unexpected_keys[0]}, which the model has no place for; "
             "use the adapter of the same checkpoint"
         )
@@ -260,7 +260,7 @@ def _check_adapter_layers(where: Path, layers: dict[str, Any], count: int, missi
             else f"not on {absent[0]}" if absent
             else "on no decoder layer"
         )  # fmt: skip
-        raise Refused(
+        raise InputError(
             f"Vision adapter not found: the one of {where} is {what}; expected trained weights for each projection "
             "that it targets, in every layer; use the adapter of the same checkpoint"
         )
@@ -306,7 +306,7 @@ def _merge(layers: dict[str, Any], dtype: torch.dtype) -> list[float]:
         shares.append(_share(weight, delta))
         delta += weight
         if not delta.isfinite().all():
-            raise Refused(f"{name} with its vision LoRA is not finite; download the checkpoint again")
+            raise InputError(f"{name} with its vision LoRA is not finite; download the checkpoint again")
         layer.get_base_layer().weight.data = delta.to(dtype)
     return shares
 

@@ -1,0 +1,175 @@
+"""The protocol that a model family fulfils: all that the engine, and whatever lies downstream of it, knows of a model.
+
+For the engine, "the picture enters the decoder" always means the same: there is a set of keys and values a picture,
+computed once, that all questions on it read. How a family makes them, and what it calls its parts, is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from vqa_embeddings.layers.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that can be loaded, and what its files say without loading it. Families add what they need to load it.
+
+    Sizes are lengths of vectors.
+    """
+
+    family: ModelFamily
+    name: str  # as the user gave it
+    folder: Path
+    revision: str
+    layout: str  # the form that its files have, as `run.json` names it
+    layers: list[int]  # the decoder layers whose states are stored
+    hidden_size: int
+    vision_size: int
+    dtype: str  # of the weights as they are stored
+    fingerprint: str
+    config: dict[str, Any] = field(repr=False)
+
+
+class ModelFamily(Protocol):
+    """One kind of model: how its checkpoints are recognised, inspected and loaded. Importing it imports no torch."""
+
+    name: str  # for people
+    model_types: Sequence[str]  # of `config.json`
+    default_model: str  # name on the hub
+    file_prefix: str  # what its part files begin with, as published
+    model_type: str  # attribute of its part files, as published
+
+    def inspect(self, folder: Path, name: str, revision: str, config: dict[str, Any], lora: str) -> Checkpoint:
+        """What a checkpoint of this family is, by its files.
+
+        Raises:
+            InputError: it is not whole, or not what it should be.
+        """
+
+    def describe(self, checkpoint: Any) -> list[str]:
+        """Sentences of the plan about how the checkpoint is going to be used."""
+
+    def load(
+        self, checkpoint: Any, device: str, dtype: str, attention: str, lora: str, max_new_tokens: int
+    ) -> VisionLanguageModel:
+        """The model, ready to infer.
+
+        Raises:
+            InputError: a file is damaged, or does not fit the others.
+        """
+
+    def write_random_checkpoint(self, folder: Path) -> None:
+        """Write a small checkpoint with random weights, for the demo and for tests."""
+
+
+class KVGroup(NamedTuple):
+    """Decoder layers that read the same sets of keys and values."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    per_row: bool  # whether a row adds keys of its own to those of its picture
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the engine has to know of a loaded model."""
+
+    layers: Sequence[int]  # the decoder layers whose states are stored
+    kv_groups: Sequence[KVGroup]
+    attention_heads: int
+    suppressed_tokens: Sequence[int]  # never chosen for an answer
+    max_new_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Pixels(Protocol):
+    """A preprocessed picture. The engine needs its cost only; the rest is between the family's own functions."""
+
+    @property
+    def patches(self) -> int:
+        """How many patches the vision tower is to compute."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What is the same for all questions on a picture."""
+
+    inputs: Any  # what `prefill_image` reads
+    prefix_length: int  # tokens of the prompt up to the last image token: so many keys the picture's prefix has
+    vision_only: Tensor  # float32 [vision]
+    extra: Mapping[str, np.ndarray]  # further vectors of the picture, float32 [n], by their names in a part
+    truncated: bool  # it is what there is of a picture that is cut off
+
+
+class FinishReason(Enum):
+    """Why a row leaves the batch."""
+
+    STOP = "stop"  # an end token
+    LENGTH = "length"  # as many tokens as were asked for, or as the context has
+    RESTART = "restart"  # its next step needs other rotary factors: it begins again under them
+
+
+class VisionLanguageModel(Protocol):
+    """A loaded model."""
+
+    spec: ModelSpec
+    images_at_once: int  # patches that go through the vision tower together
+
+    def preprocess(self, image: Image.Image) -> Pixels:
+        """What the vision tower reads; safe to call from any thread.
+
+        Raises:
+            PictureUnreadable: the model's processor takes no picture of this shape.
+        """
+
+    def encode_images(self, pixels: Sequence[Any]) -> list[EncodedImage]:
+        """Run the vision tower over pictures, together; each comes to what it comes to alone."""
+
+    def tokenize(self, question: str) -> list[int]:
+        """The tokens of the prompt that follow the picture's."""
+
+    def rope_variant(self, image: EncodedImage, tokens: Sequence[int]) -> int:
+        """Under which rotary factors the prompt is read, 0 nearly always.
+
+        Raises:
+            PromptTooLong: it is longer than the model's context.
+        """
+
+    def prefill_image(self, image: EncodedImage, variant: int, kv: KVCache, blocks: Sequence[int]) -> Tensor:
+        """Leave the keys and values of a picture's prefix in blocks of the cache.
+
+        Returns:
+            float32 [layers, hidden], the states at its last token.
+        """
+
+    def forward(self, kv: KVCache, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Read further tokens of rows, and leave their keys and values in the rows' slots.
+
+        Returns:
+            Logits [rows, vocabulary] and states, float32 [rows, layers, hidden], at the last token of each row.
+        """
+
+    def finish_reason(self, prompt: int, output: Sequence[int], variant: int) -> FinishReason | None:
+        """Whether an answer has ended, and why.
+
+        Args:
+            prompt: tokens of the prompt.
+            output: tokens of the answer so far, one at least.
+        """
+
+    def detokenize(self, output: Sequence[int]) -> str:
+        """An answer as it is stored."""
