@@ -16,8 +16,8 @@ from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, wr
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
 from vqa_embeddings.base.timings import Timings
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.pictures import open_picture
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.scheduler import extract
 from vqa_embeddings.layers.device import WORKERS, find_device

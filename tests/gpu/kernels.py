@@ -20,7 +20,7 @@ from tests.gpu.answers import Counts, Noting, captures, counted
 from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
 from vqa_embeddings.base.timings import Timings
-from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine.scheduler import Flight
 
 ROWS, PICTURES, SIZE = 256, 19, (640, 480)

@@ -28,8 +28,8 @@ import tifffile
 from PIL import Image
 
 from tests.helpers import picture_writers as write
+from vqa_embeddings.data.decode import decode
 from vqa_embeddings.data.decode_options import DecodeOptions
-from vqa_embeddings.data.pictures import decode
 from vqa_embeddings.errors import PictureUnreadable
 
 KNOWN = Image.registered_extensions()

@@ -43,7 +43,7 @@ from tests.helpers.running import (
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.cluster.signals import REPEAT_SECONDS, StopFlag
-from vqa_embeddings.data.pictures import read_ahead
+from vqa_embeddings.data.read_ahead import read_ahead
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:

@@ -24,9 +24,9 @@ from typing import BinaryIO
 from PIL import Image
 
 from vqa_embeddings.cluster.signals import follow_parent, start_child
+from vqa_embeddings.data.decode import TOO_LARGE, decode, read_file, unreadable
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS, DecodeOptions
 from vqa_embeddings.data.picture_limits import is_truncated, mark
-from vqa_embeddings.data.pictures import TOO_LARGE, decode, read_file, unreadable
 from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, StorageError
 
 START_SECONDS = 600.0  # in which a thousand ranks import from one file server

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from vqa_embeddings.base.timings import Timings
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.pictures import open_picture, read_ahead
+from vqa_embeddings.data.read_ahead import read_ahead
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.runner import Batch, Seated, size_cache
 from vqa_embeddings.errors import NonFiniteValues, QuestionEmpty, RowError, StorageError

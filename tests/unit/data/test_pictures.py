@@ -26,11 +26,12 @@ from tests.helpers.running import all_end, until
 from vqa_embeddings.app.plan_summary import find_absent
 from vqa_embeddings.data import decode_pool as opener_module
 from vqa_embeddings.data import picture_folder as folder_module
-from vqa_embeddings.data import pictures as images_module
+from vqa_embeddings.data import read_ahead as read_ahead_module
 from vqa_embeddings.data import similar_names as nearby
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import GONE, PictureFolder, locate
-from vqa_embeddings.data.pictures import open_picture, read_ahead
+from vqa_embeddings.data.read_ahead import read_ahead
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageError
 
@@ -412,7 +413,7 @@ def test_a_folder_whose_names_must_not_be_listed_is_read_by_name():
 
 
 def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_slow(monkeypatch):
-    monkeypatch.setattr(images_module, "LONGEST_WAIT", 1.5)
+    monkeypatch.setattr(read_ahead_module, "LONGEST_WAIT", 1.5)
     slow = read_ahead(range(6), lambda key: time.sleep(0.3) or key, 1)
     assert [found for _, found in slow] == [0, 1, 2, 3, 4, 5]
     over = Event()

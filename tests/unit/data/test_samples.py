@@ -18,9 +18,9 @@ from PIL import Image
 from tests.helpers import picture_writers as write
 from tests.helpers.odd_pictures import encoded, png
 from tests.helpers.picture_check import KNOWN, MAKERS, ffmpeg_encoded, made, smooth, tiff_shown, verdict
-from vqa_embeddings.data import pictures as images_module
+from vqa_embeddings.data import decode as decode_module
+from vqa_embeddings.data.decode import decode
 from vqa_embeddings.data.decode_options import DecodeOptions
-from vqa_embeddings.data.pictures import decode
 from vqa_embeddings.errors import PictureUnreadable
 
 COUNTS = {"TIFF": 300, "BMP": 100, "JPEG": 100, "JPEG2000": 100}  # pictures of a format, else 40
@@ -52,7 +52,7 @@ def test_generated_pictures_are_seen_as_they_are_or_fail_with_a_reason(name):
 
 @pytest.mark.parametrize("name", ["TIFF", "BMP", "JPEG2000"])
 def test_the_check_finds_what_the_decoder_alone_shows_wrong(name, monkeypatch):
-    monkeypatch.setattr(images_module, "doubt", lambda data: None)
+    monkeypatch.setattr(decode_module, "doubt", lambda data: None)
     assert any(verdict(made(seed, name)).startswith(("differs", "seen")) for seed in range(300))
 
 

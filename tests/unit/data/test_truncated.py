@@ -28,11 +28,11 @@ from vqa_embeddings.app.plan_summary import brief
 from vqa_embeddings.cli.options import parse_extract, parse_merge
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data import decode_pool as opener_module
+from vqa_embeddings.data.decode import decode, open_picture
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.picture_limits import is_truncated
-from vqa_embeddings.data.pictures import decode, open_picture
 from vqa_embeddings.data.table import Table, read_table
 from vqa_embeddings.errors import PictureUnreadable
 from vqa_embeddings.models.checkpoint import find_checkpoint

@@ -15,7 +15,7 @@ from tests.helpers.reference import strict_error
 from tests.unit.models.test_model import TOLERANCE, ask, assert_equals, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.timings import Timings
-from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine import runner as batch_room
 from vqa_embeddings.engine import scheduler as extract_room
 from vqa_embeddings.engine.runner import Batch, size_cache

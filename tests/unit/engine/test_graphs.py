@@ -9,7 +9,7 @@ from tests.conftest import table_rows
 from tests.helpers.recorded_graph import recorded_graphs
 from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine import cuda_graphs as steps_room
 from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
 from vqa_embeddings.engine.runner import Batch

@@ -25,7 +25,7 @@ from tests.helpers.reference import cosine
 from tests.system.test_refusals import ADAPTERS, refused
 from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers.device import Device, _no_flash_package, choose_attention, choose_dtype
 from vqa_embeddings.models import checkpoint as checkpoints

@@ -18,7 +18,7 @@ from tests.helpers.massive import make_massive
 from tests.helpers.reference import Reference, relative_error, strict_error
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.timings import Timings
-from vqa_embeddings.data.pictures import open_picture
+from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine.runner import Batch
 from vqa_embeddings.engine.scheduler import Flight, checked
 from vqa_embeddings.layers.kv_cache import CacheSize

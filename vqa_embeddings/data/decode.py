@@ -1,14 +1,9 @@
-"""Pictures: shown as a viewer shows them, read ahead of the model."""
+"""One picture file to one RGB image, shown as a viewer shows it."""
 
 from __future__ import annotations
 
 import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -17,17 +12,12 @@ from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.file_kinds import foreign
 from vqa_embeddings.data.picture_limits import Unfit, view
 from vqa_embeddings.data.pixel_formats import MARKS, doubt
-from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, RowError, StorageError, one_line
-
-K = TypeVar("K")
-T = TypeVar("T")
+from vqa_embeddings.errors import PictureUnreadable
 
 # What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 KNOWN = (*MARKS, b"\x89PNG", b"RIFF")  # what pictures begin with that a decoder may still not recognise
 TOO_LARGE = "it takes too much memory"
-LONGEST_WAIT = 1800.0  # seconds for the next picture, more than its opener takes to start, to read and to decode it
-PATIENCE = 0.1  # seconds of waiting for a picture between two looks whether to stop
 
 
 def open_picture(path: Path, decode_options: DecodeOptions | None = None) -> Image.Image:
@@ -117,50 +107,3 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers, of which none is white; save it with 8 or 16 bits")
     return picture
-
-
-def read_ahead(
-    keys: Iterable[K], prepare: Callable[[K], T], workers: int, stopping: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[K, T | RowError]]:
-    """`prepare(key)` for every key in order, up to `2 * workers` of them made ahead in threads.
-
-    Once `stopping` is true there are no more, and nobody waits for one that a thread may never have done reading.
-
-    Yields:
-        The key, and what was made of it or the `RowError` that came instead. Any other error is raised here.
-    Raises:
-        StorageError: the next one does not come; time in which the process is suspended does not count.
-    """
-
-    def attempt(key: K) -> T | RowError:
-        try:
-            return prepare(key)
-        except RowError as failure:
-            return failure
-
-    if workers == 0:
-        yield from ((key, attempt(key)) for key in takewhile(lambda _: not stopping(), keys))
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
-    waiting: deque[tuple[K, Future[T | RowError]]] = deque()
-    ahead = iter(keys)
-    try:
-        while True:
-            while len(waiting) < 2 * workers and (key := next(ahead, None)) is not None:
-                waiting.append((key, pool.submit(attempt, key)))
-            if not waiting:
-                return
-            key, future = waiting.popleft()
-            for _ in range(round(LONGEST_WAIT / PATIENCE)):
-                if stopping():
-                    return
-                if wait([future], PATIENCE).done:
-                    break
-            else:
-                raise StorageError(
-                    f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of "
-                    f"{one_line(key)}; mend the file server, and {SAME_COMMAND}"
-                )
-            yield key, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
