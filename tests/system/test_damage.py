@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import random
@@ -25,6 +26,7 @@ from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, 
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.base.process_pool import in_this_process
+from vqa_embeddings.data.csv_reader import FIELD_CHARACTERS
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store.parts import recorded_hashes
@@ -242,7 +244,7 @@ def test_kills_amid_a_commit_tear_no_file_and_lose_no_committed_row(out):
 
 STAGED = """
 import os, signal, sys, time
-if ".decode_pool" in " ".join(sys.orig_argv):  # stage what no file does to every version of a decoder
+if ".decode_worker" in " ".join(sys.orig_argv):  # stage what no file does to every version of a decoder
     from PIL import Image
     whole = Image.open
 
@@ -284,6 +286,7 @@ def test_one_good_row_among_fifty_bad_ones_comes_out_right(tmp_path, checkpoint,
     extracted = read_published(out)
     assert extracted.keys() == {good["question_id"]}
     assert_equal_to_reference(extracted, expected)
+    csv.field_size_limit(FIELD_CHARACTERS)  # the long question lies in one field
     failed = read_csv(out / "failed.csv")
     assert {row["image_id"]: row["error"] for row in failed[:-1]} == {name: error for name, (_, error) in worst.items()}
     assert failed[-1]["error"] == "PromptTooLong"

@@ -9,24 +9,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.data.decode_options import DecodeOptions
-from vqa_embeddings.data.file_kinds import foreign
-from vqa_embeddings.data.picture_limits import Unfit, view
-from vqa_embeddings.data.pixel_formats import MARKS, doubt
+from vqa_embeddings.data.file_kinds import unsupported_kind
+from vqa_embeddings.data.picture_limits import NotAccepted, decode_within_limits
+from vqa_embeddings.data.pixel_formats import MAGIC_NUMBERS, untrusted_format
 from vqa_embeddings.errors import PictureUnreadable
 
-# What pictures come in. Pillow knows more, some of which start other programs (EPS) or take all kinds of files (TGA).
+# What is read. Pillow knows more formats; some of them start other programs (EPS) or match any file (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-KNOWN = (*MARKS, b"\x89PNG", b"RIFF")  # what pictures begin with that a decoder may still not recognise
+KNOWN = (*MAGIC_NUMBERS, b"\x89PNG", b"RIFF")  # a file that begins so and is not identified is damaged
 TOO_LARGE = "it takes too much memory"
 
 
 def open_picture(path: Path, decode_options: DecodeOptions | None = None) -> Image.Image:
-    """The picture that lies at `path`, as `decode` gives it."""
+    """The picture file at `path` as an image, as `decode` makes it."""
     return decode(path, read_file(path), decode_options or DecodeOptions())
 
 
 def read_file(path: Path) -> bytes:
-    """What the file holds.
+    """The bytes of a picture file.
 
     Raises:
         PictureUnreadable: it cannot be read; with the number of the error.
@@ -34,76 +34,78 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise unreadable(path, error.strerror or str(error), error.errno) from None
+        raise damaged(path, error.strerror or str(error), error.errno) from None
     except MemoryError:
-        raise unreadable(path, TOO_LARGE) from None
+        raise damaged(path, TOO_LARGE) from None
 
 
 def decode(path: Path, data: bytes, decode_options: DecodeOptions) -> Image.Image:
-    """The picture as RGB, turned the way its EXIF orientation says; of several frames the first.
+    """The picture as an RGB image, rotated as its EXIF orientation says; of several frames the first.
 
-    Transparency, gamma and colour profiles are left out, as the published script does. Of 16 bits a channel the upper
-    eight are taken, as a viewer does; Pillow's own conversion would make all greys that are not nearly black white.
+    Transparency, gamma and colour profiles are ignored, as in the published script. Of 16 bits a channel the upper
+    eight are taken, as viewers do; Pillow's own conversion would turn all but the darkest greys white.
 
     Args:
-        path: where it was read, for messages.
+        path: where the data was read from, for messages.
+        data: the whole file.
+        decode_options: what is accepted.
     Raises:
-        PictureUnreadable: it is no whole picture of a format in `FORMATS`, not within `decode_options`, or not of the
-            pixel formats that were seen to be decoded right (`pixel_formats`).
+        PictureUnreadable: it is not a whole picture in one of the `FORMATS`, not within `decode_options`, or not in a
+            pixel format that is known to be decoded right (`pixel_formats`).
     """
-    if reason := foreign(data) or doubt(data):
-        raise refused(path, reason)
+    if reason := unsupported_kind(data) or untrusted_format(data):
+        raise unreadable(path, reason)
     try:
-        return view(data, decode_options, _see)
-    except Unfit as unfit:
-        raise refused(path, f"{unfit.reason}; {unfit.advice}") from None
+        return decode_within_limits(data, decode_options, _decode_whole)
+    except NotAccepted as refusal:
+        raise unreadable(path, str(refusal)) from None
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        raise unreadable(path, _reason(error, data)) from None
-
-
-def _see(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-        picture.load()
-        return _upright(_eight_bits(picture)).convert("RGB")
+        raise damaged(path, _reason(error, data)) from None
 
 
 def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
-    """What is raised about a file of which no picture can be made."""
-    return refused(path, f"{reason}; expected a whole one, mend or replace it", errno)
-
-
-def refused(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
-    """What is raised about a file for a reason that says what to do."""
+    """The error for a file of which no image can be made; the reason says what to do."""
     return PictureUnreadable(f"{from_disk(path.name)} cannot be read as a picture: {reason}", errno)
+
+
+def damaged(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
+    """The error for a file that a whole one should replace."""
+    return unreadable(path, f"{reason}; expected a whole one, mend or replace it", errno)
+
+
+def _decode_whole(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=_available_formats()) as image:
+        image.load()
+        return _rotate_by_exif(_to_eight_bits(image)).convert("RGB")
 
 
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        known = data.startswith(KNOWN) or (data[4:8] == b"ftyp" and "AVIF" in _formats())
-        return "it is damaged" if known else f"it is none of {', '.join(_formats())}"
+        known = data.startswith(KNOWN) or (data[4:8] == b"ftyp" and "AVIF" in _available_formats())
+        return "it is damaged" if known else f"it is none of {', '.join(_available_formats())}"
     if isinstance(error, MemoryError):
         return TOO_LARGE
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _formats() -> list[str]:
-    """The formats in `FORMATS` that this Pillow knows."""
+def _available_formats() -> list[str]:
+    """Those of the `FORMATS` that this Pillow has a decoder for."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _rotate_by_exif(image: Image.Image) -> Image.Image:
     try:
-        picture.getexif()
-    except Exception:  # what cannot be read says nothing about the picture, and no viewer minds
-        return picture
-    return ImageOps.exif_transpose(picture)
+        image.getexif()
+    except Exception:  # damaged EXIF says nothing about the pixels, and viewers ignore it too
+        return image
+    return ImageOps.exif_transpose(image)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel; ValueError where its numbers do not say what is white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if picture.mode in ("I", "F"):
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel; ValueError where its numbers do not say what is white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers, of which none is white; save it with 8 or 16 bits")
-    return picture
+    return image

@@ -1,85 +1,76 @@
-"""A process that opens pictures: one that crashes or hangs a decoder costs its own rows, and not the run.
+"""Decode processes, seen from a rank: a picture that crashes or hangs a decoder fails its own rows, not the run.
 
-Decoders are C code that reads what strangers have made. The process knows no torch and no other picture, has
-little memory, hears no signal, and ends with the rank that has started it.
+`decode_worker` is what such a process runs.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import select
 import signal
-import struct
 import subprocess
-import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
-from vqa_embeddings.cluster.signals import follow_parent, start_child
-from vqa_embeddings.data.decode import TOO_LARGE, decode, read_file, unreadable
+from vqa_embeddings.cluster.signals import start_child
+from vqa_embeddings.data.decode import damaged
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS, DecodeOptions
-from vqa_embeddings.data.picture_limits import is_truncated, mark
+from vqa_embeddings.data.decode_worker import ANSWER, REQUEST, STEP_DONE, serve
+from vqa_embeddings.data.picture_limits import set_truncated
 from vqa_embeddings.errors import SAME_COMMAND, PictureUnreadable, StorageError
 
 START_SECONDS = 600.0  # in which a thousand ranks import from one file server
-OPEN_SECONDS = 120.0  # for reading a picture, which a busy file server takes its time for, and again for decoding it
-SLICE_SECONDS = 0.5  # by which these are counted: while a job is suspended, only the slice under way passes
-# Of address space, where 178.9 megapixels are the most: 30 bytes a pixel. JPEG 2000 with transparency takes 26.
+OPEN_SECONDS = 120.0  # for reading a picture, where a file server may be busy, and again for decoding it
+SLICE_SECONDS = 0.5  # of which these are counted: while a job is suspended, only the current slice passes
+# Of address space for pictures of 178.9 megapixels: 30 bytes a pixel. JPEG 2000 with transparency takes 26.
 MEMORY_BYTES = 5 << 30
-TRIES = 2  # an opener may also have been ended by a machine without memory, which is not its picture's fault
-PAUSES = (1.0, 10.0)  # seconds until another process may be started, where there are too many or too little memory
-STEP_DONE = b"+"  # said once at the start, and of each picture once its file is read
-# Whether it is a picture, and one that is cut off; its width and height, or the reason's length and number.
-ANSWER = struct.Struct("!??qq")
+TRIES = 2  # a process may also have been killed because the machine has run out of memory
+PAUSES = (1.0, 10.0)  # seconds before another try to start one, where there are too many or too little memory
 
 
 class DecodePool:
-    """Opens pictures like `open_picture`, for each thread in a process of its own."""
+    """Opens pictures like `decode.open_picture`, in one decode process for each thread that calls it."""
 
     def __init__(self, decode_options: DecodeOptions | None = None) -> None:
-        self._viewing = decode_options or DecodeOptions()
-        self._of_thread = threading.local()
+        self._decode_options = decode_options or DecodeOptions()
+        self._local = threading.local()
 
     def __call__(self, path: Path) -> Image.Image:
-        """The picture as RGB.
+        """The picture as an RGB image.
 
         Raises:
-            PictureUnreadable: as `open_picture`; or the picture has ended its opener twice, or takes too long.
+            PictureUnreadable: as `open_picture`; or the picture has ended its process twice, or takes too long.
             StorageError: no process can be started, or the file server does not answer.
         """
         for _ in range(TRIES):
-            opener = getattr(self._of_thread, "opener", None)
+            process = getattr(self._local, "process", None)
             try:
-                opener = self._of_thread.opener = opener or _start(self._viewing)
-                return opener.open(path)
+                process = self._local.process = process or _start(self._decode_options)
+                return process.decode(path)
             except DecoderDied as died:
-                self._of_thread.opener = None
+                self._local.process = None
                 reason = died
                 if isinstance(died, DecoderHung):
                     break
         if isinstance(reason, DecoderNotStarted):
-            raise StorageError(f"{reason}; mend that, and {SAME_COMMAND}")
-        raise unreadable(path, str(reason))
+            raise StorageError(f"{reason}; correct that, and {SAME_COMMAND}")
+        raise damaged(path, str(reason))
 
 
 class DecoderDied(Exception):
-    """The process has ended while it opened a picture, and how."""
+    """The process has ended while it opened a picture; the message says how."""
 
 
 class DecoderHung(DecoderDied):
-    """The process was ended, as it took too long."""
+    """The process was killed because it took too long."""
 
 
 class DecoderNotStarted(DecoderDied):
-    """The process has ended before there was a picture."""
+    """The process has ended before it got a picture."""
 
 
 def _start(decode_options: DecodeOptions) -> DecodeProcess:
@@ -97,7 +88,7 @@ def _start(decode_options: DecodeOptions) -> DecodeProcess:
 
 
 class DecodeProcess:
-    """The process, and the pipes to it."""
+    """One decode process and the pipes to it."""
 
     def __init__(self, decode_options: DecodeOptions) -> None:
         """Start it, and wait until it is ready.
@@ -107,122 +98,90 @@ class DecodeProcess:
             DecoderNotStarted: it has ended at once.
             StorageError: it takes too long.
         """
-        ear, mouth = os.pipe()  # and not its standard output, on which any module may print
-        self._answers = os.fdopen(ear, "rb", buffering=0)
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        answers, answers_of_child = os.pipe()  # not its standard output, on which any module may print
+        self._answers = os.fdopen(answers, "rb", buffering=0)
         try:
-            settings = memory_for(decode_options), *astuple(decode_options)
-            self._process = start_child(serve, *settings, mouth, pass_fds=[mouth], **streams)
+            self._process = start_child(
+                serve,
+                memory_for(decode_options),
+                decode_options.max_megapixels,
+                decode_options.show_truncated,
+                answers_of_child,
+                pass_fds=[answers_of_child],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
         finally:
-            os.close(mouth)
-        self._ready = select.poll()
-        self._ready.register(self._answers, select.POLLIN)
-        assert self._process.stdin is not None and self._process.stderr is not None
+            os.close(answers_of_child)
+        self._poll = select.poll()
+        self._poll.register(self._answers, select.POLLIN)
+        assert self._process.stdin is not None
         self._requests = self._process.stdin
-        with self._process.stderr as complaints:
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
             try:
                 self._read(len(STEP_DONE), START_SECONDS)
             except DecoderHung:
                 raise StorageError(
                     f"the process that opens pictures has not started within {START_SECONDS:.0f} s; "
-                    f"mend the file server of the Python environment, and {SAME_COMMAND}"
+                    f"repair the file server of the Python environment, and {SAME_COMMAND}"
                 ) from None
             except DecoderDied:
-                said = complaints.read().decode(errors="replace").strip().splitlines() or [self._end()]
-                raise DecoderNotStarted(f"the process that opens pictures ends at its start ({said[-1]})") from None
+                lines = stderr.read().decode(errors="replace").strip().splitlines() or [self._exit_status()]
+                raise DecoderNotStarted(f"the process that opens pictures ends at its start ({lines[-1]})") from None
 
-    def open(self, path: Path) -> Image.Image:
-        """The picture as RGB.
+    def decode(self, path: Path) -> Image.Image:
+        """The picture as an RGB image.
 
         Raises:
-            PictureUnreadable: it is none.
-            DecoderDied: of this picture, or of something else.
+            PictureUnreadable: no image can be made of it.
+            DecoderDied: by this picture, or for another reason.
             DecoderHung: likewise.
             StorageError: its file cannot be read in time.
         """
         name = os.fsencode(path)
         try:
-            self._requests.write(struct.pack("!q", len(name)) + name)
+            self._requests.write(REQUEST.pack(len(name)) + name)
             self._requests.flush()
         except OSError:  # it ended before this picture
-            raise DecoderDied(f"the process that opens pictures has ended ({self._end()})") from None
+            raise DecoderDied(f"the process that opens pictures has ended ({self._exit_status()})") from None
         try:
             self._read(len(STEP_DONE), OPEN_SECONDS)
         except DecoderHung:
             raise StorageError(
-                f"{path} has not been read within {OPEN_SECONDS:.0f} s; mend its file server, and {SAME_COMMAND}"
+                f"{path} has not been read within {OPEN_SECONDS:.0f} s; repair its file server, and {SAME_COMMAND}"
             ) from None
-        good, truncated, *size = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
+        good, truncated, *numbers = ANSWER.unpack(self._read(ANSWER.size, OPEN_SECONDS))
         if not good:
-            length, number = size
-            raise PictureUnreadable(self._read(length, OPEN_SECONDS).decode(), number or None)
-        width, height = size
+            length, errno = numbers
+            raise PictureUnreadable(self._read(length, OPEN_SECONDS).decode(), errno or None)
+        width, height = numbers
         pixels = self._read(width * height * 3, OPEN_SECONDS)
-        return mark(Image.frombytes("RGB", (width, height), pixels), truncated)
+        return set_truncated(Image.frombytes("RGB", (width, height), pixels), truncated)
 
     def _read(self, count: int, seconds: float) -> bytearray:
-        """So many bytes, between which the process may be silent for so long."""
+        """Read `count` bytes of the answer. Kill the process if it sends nothing for `seconds`."""
         data = bytearray(count)
-        room = memoryview(data)
-        while room:
-            if not any(self._ready.poll(1000 * SLICE_SECONDS) for _ in range(round(seconds / SLICE_SECONDS))):
+        left = memoryview(data)
+        while left:
+            if not any(self._poll.poll(1000 * SLICE_SECONDS) for _ in range(round(seconds / SLICE_SECONDS))):
                 self._process.kill()
                 raise DecoderHung(f"it has not been opened within {seconds:.0f} s")
-            got = self._answers.readinto(room)
-            if not got:
-                raise DecoderDied(f"it ends the process that opens it ({self._end()})")
-            room = room[got:]
+            received = self._answers.readinto(left)
+            if not received:
+                raise DecoderDied(f"it ends the process that opens it ({self._exit_status()})")
+            left = left[received:]
         return data
 
-    def _end(self) -> str:
+    def _exit_status(self) -> str:
         status = self._process.wait()
         return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 def memory_for(decode_options: DecodeOptions) -> int:
-    """Bytes of address space in which the largest picture can be opened."""
+    """The bytes of address space in which the largest picture that is accepted can be opened."""
     return round(MEMORY_BYTES * max(1.0, decode_options.max_megapixels / MAX_MEGAPIXELS))
-
-
-def serve(memory: int, max_megapixels: float, show_truncated: bool, answers: int, parent: int) -> None:
-    """What the process does, with so many bytes: open one picture after another, until there are no more.
-
-    Args:
-        max_megapixels, show_truncated: those of a `DecodeOptions`.
-        answers: descriptor of the pipe that takes the answers.
-    """
-    follow_parent(signal.SIGKILL, parent)
-    with suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on only decoders complain, and nobody listens
-    decode_options = DecodeOptions(max_megapixels, show_truncated)
-    requests = sys.stdin.buffer
-    with open(answers, "wb") as stream:
-        _finish_step(stream)
-        while head := requests.read(8):
-            _answer(stream, Path(os.fsdecode(requests.read(*struct.unpack("!q", head)))), decode_options)
-            stream.flush()
-
-
-def _answer(stream: BinaryIO, path: Path, decode_options: DecodeOptions) -> None:
-    try:
-        try:
-            data = read_file(path)
-        finally:
-            _finish_step(stream)
-        picture = decode(path, data, decode_options)
-        pixels = picture.tobytes()
-    except (PictureUnreadable, MemoryError) as error:
-        failure = error if isinstance(error, PictureUnreadable) else unreadable(path, TOO_LARGE)
-        reason = str(failure).encode(errors="backslashreplace")
-        stream.write(ANSWER.pack(False, False, len(reason), failure.errno or 0) + reason)
-        return
-    stream.write(ANSWER.pack(True, is_truncated(picture), *picture.size))
-    stream.write(pixels)
-
-
-def _finish_step(stream: BinaryIO) -> None:
-    stream.write(STEP_DONE)
-    stream.flush()

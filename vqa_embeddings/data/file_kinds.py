@@ -74,7 +74,7 @@ BRANDS: tuple[tuple[bytes, str], ...] = (
 PAGES = {b"<!doctype html": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML document"}
 
 
-def foreign(data: bytes) -> str | None:
+def unsupported_kind(data: bytes) -> str | None:
     """Why no picture can be made of this file, where its first bytes say that it is something else.
 
     Returns:

@@ -37,7 +37,7 @@ def lacks_end(data: bytes) -> bool:
     return SCAN in kinds and kinds[-1] != LAST
 
 
-def mend(data: bytes) -> bytes | None:
+def with_end_marker(data: bytes) -> bytes | None:
     """The file with its end marker, where it lacks that alone; None where pixels may be missing, or it is no JPEG."""
     scan = _last_scan(data)
     if scan is None or not _has_all_scans(data):

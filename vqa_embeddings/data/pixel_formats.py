@@ -16,11 +16,11 @@ from vqa_embeddings.data.jpeg import SCAN, segments
 CONVERT = "save it as PNG or JPEG with 8 bits"
 
 
-def doubt(data: bytes) -> str | None:
+def untrusted_format(data: bytes) -> str | None:
     """Why this file is not trusted to be shown right: what it is, and what to do. None where it is."""
-    look = next((look for marks, look in LOOKS if data.startswith(marks)), None)
+    check = next((check for magic, check in CHECKS if data.startswith(magic)), None)
     try:
-        found = look(data) if look else None
+        found = check(data) if check else None
     except Exception:  # whatever may come of a broken header: what is not understood is not trusted
         return "its header is broken; mend or replace it"
     return f"it is {found}, which is not read; {CONVERT}" if found else None
@@ -177,12 +177,12 @@ def _bitmap(data: bytes, at: int) -> str | None:
     return f"a bitmap with {bits} bits a pixel for {colours} greys" if bits <= 8 and grey and not right else None
 
 
-LOOKS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], str | None]], ...] = (
-    ((b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0"), tiff.doubt),
+CHECKS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], str | None]], ...] = (
+    ((b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0"), tiff.untrusted_format),
     ((b"\xff\xd8\xff",), _jpeg),
     ((b"GIF87a", b"GIF89a"), _gif),
     ((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "), _jpeg2000),
     ((b"BM",), _bmp),
     ((b"\0\0\1\0",), _icon),
 )
-MARKS = tuple(mark for marks, _ in LOOKS for mark in marks)  # what files of these formats begin with
+MAGIC_NUMBERS = tuple(number for magic, _ in CHECKS for number in magic)  # what files of these formats begin with

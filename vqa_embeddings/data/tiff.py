@@ -136,7 +136,7 @@ class Tiff:
         return listed or (self.photometric in (WHITE_IS_ZERO, PALETTE) and self.compression != PLAIN)
 
 
-def doubt(data: bytes) -> str | None:
+def untrusted_format(data: bytes) -> str | None:
     """What the file is, where its first picture is not trusted to be shown right."""
     tags = ImageFileDirectory_v2(data[: 16 if data[2] == BIG else 8])
     stream = io.BytesIO(data)

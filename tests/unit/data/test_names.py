@@ -135,9 +135,9 @@ def test_a_picture_is_found_by_its_utf8_name_and_named_so_in_a_locale_of_latin_1
     script = (
         "import sys; from pathlib import Path; from vqa_embeddings.data.picture_folder import PictureFolder\n"
         "from vqa_embeddings.errors import RowError; from vqa_embeddings.data.decode_pool import DecodePool\n"
-        "folder, openers = PictureFolder(Path(sys.argv[1])), DecodePool()\n"
+        "folder, pool = PictureFolder(Path(sys.argv[1])), DecodePool()\n"
         "for name in open(sys.argv[2], encoding='utf-8').read().splitlines():\n"
-        "    try: print(folder.read(name, openers).size)\n"
+        "    try: print(folder.read(name, pool).size)\n"
         "    except RowError as failure: sys.stdout.buffer.write(f'{failure}\\n'.encode())\n"
         "    sys.stdout.flush()"
     )

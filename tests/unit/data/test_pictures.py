@@ -24,7 +24,7 @@ from PIL import Image
 from tests.helpers.odd_pictures import bad, lay, odd
 from tests.helpers.running import all_end, until
 from vqa_embeddings.app.plan_summary import find_absent
-from vqa_embeddings.data import decode_pool as opener_module
+from vqa_embeddings.data import decode_pool as decode_pool_module
 from vqa_embeddings.data import picture_folder as folder_module
 from vqa_embeddings.data import read_ahead as read_ahead_module
 from vqa_embeddings.data import similar_names as nearby
@@ -42,23 +42,23 @@ STAGED = {"crash.jpg", "hang.jpg"}  # whole, until somebody stages what their na
 
 
 @pytest.fixture(scope="module")
-def openers() -> DecodePool:
+def pool() -> DecodePool:
     return DecodePool()
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_picture_is_seen_as_a_viewer_shows_it(tmp_path, openers, name):
+def test_an_odd_picture_is_seen_as_a_viewer_shows_it(tmp_path, pool, name):
     data, pixels = ODD[name]
     lay(tmp_path, name, data)
-    for picture in (open_picture(locate(tmp_path, name)), openers(locate(tmp_path, name))):
+    for picture in (open_picture(locate(tmp_path, name)), pool(locate(tmp_path, name))):
         assert picture.mode == "RGB"
         assert np.array_equal(np.asarray(picture), pixels)
 
 
 @pytest.mark.parametrize("name", sorted(UNREADABLE.keys() - TOO_LONG - STAGED))
-def test_what_is_no_picture_is_refused_with_a_reason(tmp_path, openers, name):
+def test_what_is_no_picture_is_refused_with_a_reason(tmp_path, pool, name):
     lay(tmp_path, name, UNREADABLE[name])
-    for open_ in (open_picture, openers):
+    for open_ in (open_picture, pool):
         with pytest.raises(PictureUnreadable, match=f"{name} cannot be read as a picture: ") as refused:
             open_(tmp_path / name)
         assert str(tmp_path) not in str(refused.value) and "\n" not in str(refused.value)
@@ -107,17 +107,17 @@ def staged(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def the_opener(openers: DecodePool) -> psutil.Process:
-    return psutil.Process(openers._of_thread.opener._process.pid)
+def decode_process_of(pool: DecodePool) -> psutil.Process:
+    return psutil.Process(pool._local.process._process.pid)
 
 
-def test_an_opener_that_was_killed_costs_nothing(tmp_path, openers):
+def test_a_decode_process_that_was_killed_costs_nothing(tmp_path, pool):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    first = openers(tmp_path / "cat.png")
-    before = the_opener(openers)
+    first = pool(tmp_path / "cat.png")
+    before = decode_process_of(pool)
     before.kill()
-    assert np.array_equal(np.asarray(openers(tmp_path / "cat.png")), np.asarray(first))
-    assert the_opener(openers).pid != before.pid
+    assert np.array_equal(np.asarray(pool(tmp_path / "cat.png")), np.asarray(first))
+    assert decode_process_of(pool).pid != before.pid
 
 
 def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_path, monkeypatch):
@@ -125,41 +125,41 @@ def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_p
         lay(tmp_path, name, UNREADABLE["hang.jpg"].removesuffix(b"hang") + data)
     slow = "lambda stream, **b: (time.sleep(60 * stream.getvalue().endswith(b'hang')), whole(stream, **b))[1]"
     staged(monkeypatch, tmp_path / "staged", f"import time, PIL.Image as m; whole = m.open; m.open = {slow}")
-    openers = DecodePool()
-    openers(tmp_path / "cat.jpg")
-    hanging = the_opener(openers)
+    pool = DecodePool()
+    pool(tmp_path / "cat.jpg")
+    hanging = decode_process_of(pool)
     with monkeypatch.context() as impatient:
-        impatient.setattr(opener_module, "OPEN_SECONDS", 1)
+        impatient.setattr(decode_pool_module, "OPEN_SECONDS", 1)
         begun = time.monotonic()
         with pytest.raises(PictureUnreadable, match="has not been opened within 1 s"):
-            openers(tmp_path / "hang.jpg")
+            pool(tmp_path / "hang.jpg")
         assert time.monotonic() - begun < 3
-    openers(tmp_path / "cat.jpg")
+    pool(tmp_path / "cat.jpg")
     assert all_end([hanging], 2)
 
 
-def test_an_opener_hears_no_signal_but_ends_with_its_rank(tmp_path):
+def test_a_decode_process_ignores_signals_but_ends_with_its_rank(tmp_path):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     script = (
         "import sys, time; from pathlib import Path; from vqa_embeddings.data.decode_pool import DecodePool\n"
-        "openers = DecodePool(); openers(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
+        "pool = DecodePool(); pool(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
     assert rank.stdout.readline() == b"open\n"
-    (opener,) = rank.children()
+    (process,) = rank.children()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        opener.send_signal(number)
+        process.send_signal(number)
     time.sleep(0.3)
-    assert opener.is_running() and opener.status() != psutil.STATUS_ZOMBIE
+    assert process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     rank.kill()
     rank.wait()
-    assert all_end([opener], 5)
+    assert all_end([process], 5)
 
 
-def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, openers, monkeypatch):
+def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, pool, monkeypatch):
     Image.new("1", (40_000, 4_000)).save(tmp_path / "wide.png")  # 160 million pixels, 0.5 GB as RGB
-    assert openers(tmp_path / "wide.png").size == (40_000, 4_000)
-    monkeypatch.setattr(opener_module, "MEMORY_BYTES", 300 << 20)
+    assert pool(tmp_path / "wide.png").size == (40_000, 4_000)
+    monkeypatch.setattr(decode_pool_module, "MEMORY_BYTES", 300 << 20)
     with pytest.raises(PictureUnreadable, match="it takes too much memory"):
         DecodePool()(tmp_path / "wide.png")
 
@@ -422,7 +422,7 @@ def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_s
     over.set()
 
 
-@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["openers", "alone"])
+@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["pool", "alone"])
 def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through):
     with pytest.raises(PictureUnreadable, match="No such file or directory") as failed:
         through(tmp_path / "gone.png")
@@ -433,24 +433,24 @@ def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through
     assert failed.value.errno is None
 
 
-def test_an_opener_that_cannot_start_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+def test_a_decode_process_that_cannot_start_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     staged(monkeypatch, tmp_path / "staged", "import os, sys; sys.stderr.write('no room for that\\n'); os._exit(3)")
     with pytest.raises(StorageError, match=r"ends at its start \(no room for that\)"):
         DecodePool()(tmp_path / "cat.png")
 
 
-def test_an_opener_that_does_not_become_ready_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+def test_a_decode_process_that_does_not_become_ready_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     staged(monkeypatch, tmp_path / "staged", "import time; time.sleep(60)")
-    monkeypatch.setattr(opener_module, "START_SECONDS", 1)
+    monkeypatch.setattr(decode_pool_module, "START_SECONDS", 1)
     with pytest.raises(StorageError, match="has not started within 1 s"):
         DecodePool()(tmp_path / "cat.png")
 
 
 def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    start, tries = opener_module.start_child, 0
+    start, tries = decode_pool_module.start_child, 0
 
     def start_at_times(*arguments, **settings):
         nonlocal tries
@@ -459,8 +459,8 @@ def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_pat
             return start(*arguments, **settings)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(opener_module, "start_child", start_at_times)
-    monkeypatch.setattr(opener_module, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(decode_pool_module, "start_child", start_at_times)
+    monkeypatch.setattr(decode_pool_module, "PAUSES", (0.01, 0.01))
     free = {3}
     DecodePool()(tmp_path / "cat.png")
     free = set()
@@ -468,11 +468,11 @@ def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_pat
         DecodePool()(tmp_path / "cat.png")
 
 
-def test_a_file_that_nobody_delivers_is_no_fault_of_the_picture(tmp_path, openers, monkeypatch):
+def test_a_file_that_nobody_delivers_is_no_fault_of_the_picture(tmp_path, pool, monkeypatch):
     os.mkfifo(tmp_path / "slow.png")
-    monkeypatch.setattr(opener_module, "OPEN_SECONDS", 1)
+    monkeypatch.setattr(decode_pool_module, "OPEN_SECONDS", 1)
     with pytest.raises(StorageError, match=r"slow.png has not been read within 1 s"):
-        openers(tmp_path / "slow.png")
+        pool(tmp_path / "slow.png")
 
 
 def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch):

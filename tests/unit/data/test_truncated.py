@@ -27,7 +27,7 @@ from vqa_embeddings.app.merge import check, merge
 from vqa_embeddings.app.plan_summary import brief
 from vqa_embeddings.cli.options import parse_extract, parse_merge
 from vqa_embeddings.cluster.world import World
-from vqa_embeddings.data import decode_pool as opener_module
+from vqa_embeddings.data import decode_pool as decode_pool_module
 from vqa_embeddings.data.decode import decode, open_picture
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
@@ -62,16 +62,16 @@ def pixels(data: bytes, decode_options: DecodeOptions = FAIL) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def openers() -> dict[DecodeOptions, DecodePool]:
+def pools() -> dict[DecodeOptions, DecodePool]:
     return {FAIL: DecodePool(FAIL), SHOW: DecodePool(SHOW)}
 
 
 @pytest.mark.parametrize("decode_options", [FAIL, SHOW])
 @pytest.mark.parametrize("name", JPEGS)
-def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(tmp_path, openers, name, decode_options):
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(tmp_path, pools, name, decode_options):
     for lost in (1, 2):
         (tmp_path / "cat.jpg").write_bytes(JPEGS[name][:-lost])
-        for open_ in (partial(open_picture, decode_options=decode_options), openers[decode_options]):
+        for open_ in (partial(open_picture, decode_options=decode_options), pools[decode_options]):
             picture = open_(tmp_path / "cat.jpg")
             assert np.array_equal(np.asarray(picture), seen(JPEGS[name])) and not is_truncated(picture)
 
@@ -155,11 +155,11 @@ CUT_OFF = cut_off()
 
 
 @pytest.mark.parametrize("name", CUT_OFF)
-def test_a_picture_that_is_cut_off_is_shown_with_a_mark_where_that_is_asked_for(tmp_path, openers, name):
+def test_a_picture_that_is_cut_off_is_shown_with_a_mark_where_that_is_asked_for(tmp_path, pools, name):
     part, whole = CUT_OFF[name]
     for data, truncated in ((part, True), (whole, False)):
         (tmp_path / name).write_bytes(data)
-        for open_ in (partial(open_picture, decode_options=SHOW), openers[SHOW]):
+        for open_ in (partial(open_picture, decode_options=SHOW), pools[SHOW]):
             picture = open_(tmp_path / name)
             assert is_truncated(picture) == truncated
             same = np.all(np.asarray(picture) == seen(whole), axis=(1, 2))
@@ -168,7 +168,7 @@ def test_a_picture_that_is_cut_off_is_shown_with_a_mark_where_that_is_asked_for(
             assert rows[: len(rows) // 3].all()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     (tmp_path / name).write_bytes(part)
-    for open_ in (open_picture, openers[FAIL]):
+    for open_ in (open_picture, pools[FAIL]):
         with pytest.raises(PictureUnreadable, match=CUT):
             open_(tmp_path / name)
 
@@ -192,7 +192,7 @@ def test_no_file_says_of_itself_that_it_is_cut_off():
     assert not is_truncated(opened(whole, SHOW))
 
 
-@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["openers", "alone"])
+@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["pool", "alone"])
 def test_a_picture_with_too_many_pixels_is_refused_by_the_limit_that_the_user_sets(tmp_path, through):
     (tmp_path / "bomb.png").write_bytes(UNREADABLE["bomb.png"])
     advice = r"expected 178.9 at most, scale it or raise --max-megapixels$"
@@ -217,7 +217,7 @@ def test_a_picture_within_another_counts_as_well(decode_options):
 
 def test_the_limit_of_pixels_is_the_programs_own_and_memory_grows_with_it(tmp_path, monkeypatch):
     Image.new("1", (10_000, 4_000)).save(tmp_path / "wide.png")
-    monkeypatch.setattr(opener_module, "MEMORY_BYTES", 250 << 20)
+    monkeypatch.setattr(decode_pool_module, "MEMORY_BYTES", 250 << 20)
     with pytest.raises(PictureUnreadable, match="it takes too much memory"):
         DecodePool()(tmp_path / "wide.png")
     assert DecodePool(DecodeOptions(max_megapixels=1000))(tmp_path / "wide.png").size == (10_000, 4_000)
