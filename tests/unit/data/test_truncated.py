@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from tests.conftest import arguments_for, command, run, table_rows, write_table
 from tests.helpers.odd_pictures import CAT, bad, encoded, png, seen
 from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
 from tests.unit.store.test_embeddings import COLUMNS
@@ -31,11 +30,8 @@ from vqa_embeddings.data import decode_pool as decode_pool_module
 from vqa_embeddings.data.decode import decode, open_picture
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
-from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.picture_limits import is_truncated
-from vqa_embeddings.data.table import Table, read_table
 from vqa_embeddings.errors import PictureUnreadable
-from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.run import read_run, read_run_rows
 
@@ -325,39 +321,3 @@ def test_the_plan_says_how_many_there_are(out):
         f"done before: {ROWS} rows extracted, 0 failed",
         f"{len(MARKED)} rows done before on pictures that are cut off",
     ]
-
-
-def test_rows_that_failed_on_pictures_cut_off_are_tried_again_in_the_same_folder(tmp_path, checkpoint):
-    images, out = tmp_path / "images", tmp_path / "out"
-    images.mkdir()
-    cat = (DATA / "cat.jpg").read_bytes()
-    for name, data in (("cut.jpg", cat[: len(cat) // 2]), ("end.jpg", cat[:-1]), ("cat.jpg", cat)):
-        (images / name).write_bytes(data)
-    question = table_rows()[0]["question"]
-    names = ("cut.jpg", "end.jpg", "cat.jpg")
-    rows = [{"question_id": name[:3], "image_id": name, "question": question, "answer": ""} for name in names]
-    table = write_table(tmp_path / "vqa.csv", rows)
-    inputs = [*arguments_for(table, checkpoint, images), "--max-new-tokens", 3, "--output-dir", out]
-    done = run(command(0, *inputs))
-    assert "2 rows extracted, 1 failed, 0 left" in done.stderr + done.stdout
-    done = run(command(0, *inputs, "--retry-failed", "--truncated-pictures", "show", "--num-workers", 0))
-    assert "1 rows extracted, 0 failed, 0 left" in done.stderr + done.stdout, done.stderr
-    e = open_embeddings(out)
-    assert e.truncated.tolist() == [True, False, False]
-    states = e.query_token(e.layers[-1])
-    assert np.array_equal(states[1], states[2]) and not np.allclose(states[0], states[2])
-    # The same with processes that open pictures, and by no choice of the run.
-    (shown,) = extract_here(checkpoint, read_table(table), images)
-    assert shown.truncated and np.array_equal(shown.query_token[-1], states[0])
-
-
-def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted]:
-    """The first row, its picture opened by another process."""
-    from vqa_embeddings.engine.scheduler import extract
-    from vqa_embeddings.models.phi4mm.model import Phi4
-    from vqa_embeddings.models.phi4mm.weights import load_model
-
-    found = find_checkpoint(str(checkpoint), None, checkpoint)
-    engine = Phi4(*load_model(found, "cpu", "float32", "sdpa", "merged"), 3)
-    records = extract(engine, table, [0], PictureFolder(images), None, 1, decode_options=SHOW)
-    return [record for some in records for record in some]
