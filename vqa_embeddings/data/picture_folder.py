@@ -1,18 +1,15 @@
-"""The folder of pictures: where one lies, and whose fault it is where it cannot be read, the row's or the disk's."""
+"""The folder of pictures: reads one by its name, and tells a row's own error from a disk or server that has failed."""
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
-from unicodedata import normalize
 
-from vqa_embeddings.base.environment import working_folder
-from vqa_embeddings.base.file_names import from_disk, to_disk
-from vqa_embeddings.data.similar_names import Nearby
+from vqa_embeddings.data.picture_paths import absolute_names, candidate_paths, find_file
+from vqa_embeddings.data.similar_names import SimilarNames
 from vqa_embeddings.errors import (
     SAME_COMMAND,
     InputError,
@@ -32,91 +29,91 @@ def _numbers(*names: str) -> set[int]:
     return {getattr(errno, name) for name in names if hasattr(errno, name)}
 
 
-# What says something about the one file that was asked for.
+# Errors that concern only the file that was asked for.
 NOT_THERE = _numbers("ENOENT", "ENOTDIR")
 OF_THE_FILE = NOT_THERE | _numbers("ENAMETOOLONG", "ELOOP", "EISDIR", "EINVAL")
-# What is answered for every file alike once a file server, a disk, a right to read, or the machine's room has gone.
+# Errors that every file gives once a file server, a disk, a permission or the machine's memory is gone.
 GONE = _numbers(
     *("ESTALE", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED", "ECONNRESET"),
     *("ECONNABORTED", "ETIMEDOUT", "ENODEV", "ENXIO", "EREMOTEIO", "ECOMM", "ENOLINK", "ENONET", "ENOKEY"),
     *("EKEYEXPIRED", "EKEYREVOKED", "EKEYREJECTED", "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN"),
 )
-# All others, such as EIO and EACCES, may come from one file or from all. So many in a row, and it is seen whether the
-# last picture that was read can still be read; where none was, more of them are needed to tell.
+# All others, such as EIO and EACCES, may come from one file or from all. After so many in a row, the last picture that
+# was read is read again to tell. Before any picture was read, more are needed.
 IN_A_ROW, IN_A_ROW_AT_FIRST = 3, 20
-LONGEST_NAME = 4096  # bytes: no system takes a longer path
 
 
 class PictureFolder:
-    """The folder of pictures, which has to stay what it is: what is missing then would not be the rows' fault."""
+    """The folder of pictures. It must stay the same folder: if it is unmounted, missing files are no row's error."""
 
     def __init__(self, path: Path) -> None:
-        """Take `path` for the folder.
+        """Open `path`.
 
         Raises:
-            InputError: it is none.
+            InputError: it is not a folder.
         """
         if not path.is_dir():
             found = "is a file" if path.exists() else "is not there"
             raise InputError(f"{path} {found}; expected the folder of pictures, check --images-dir")
         self.path = path
-        # As long as it is open, its numbers belong to no other folder. It may be one whose names must not be listed.
-        self._held = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
-        self._devices: dict[str, int] = {}  # of folders in which a picture was read, and of those above them
-        self._errors = 0  # that may come from all files alike, since a picture was read
-        self._last: Path | None = None  # picture that was read
-        self._remember(os.path.realpath(path))
-        self._nearby = Nearby(path)
-        self._names = absolute_names(path)  # while it is there
+        # Kept open, so that no other folder gets its inode number. O_PATH: it may not be allowed to list its names.
+        self._descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+        self._devices: dict[str, int] = {}  # of the folders in which a picture was read, and of their parents
+        self._errors = 0  # that may come from all files alike, since the last picture was read
+        self._last_read: Path | None = None
+        self._remember_devices(os.path.realpath(path))
+        self._similar = SimilarNames(path)
+        self._names = absolute_names(path)  # now, while it is there
 
     def read(self, name: str, open_picture: Callable[[Path], T]) -> T:
-        """What `open_picture` makes of the picture `name`.
+        """What `open_picture` returns for the file of the picture `name`.
 
         Raises:
-            RowError: there is no such picture, or it is none.
-            StorageError: what it lies on has gone, or no longer works.
+            RowError: there is no such picture, or it cannot be opened.
+            StorageError: the disk or the server that it lies on is gone, or no longer works.
         """
         try:
-            paths = places(self.path, self._names, name)
+            paths = candidate_paths(self.path, self._names, name)
         except PictureOutsideFolder as failure:
             raise self._with_hint(failure, name) from None
         try:
-            path = _find(paths, name)
+            path = find_file(paths, name)
             opened = open_picture(path)
         except (PictureNotFound, PictureUnreadable) as failure:
             if failure.errno is not None:
-                self._see_whether_all_is_there(paths, failure.errno)
+                self._check_storage(paths, failure.errno)
             if isinstance(failure, PictureNotFound) and failure.errno in NOT_THERE:
                 raise self._with_hint(failure, name) from None
             raise
-        self._errors, self._last = 0, path
-        self._remember(os.path.dirname(os.path.realpath(path)))
+        self._errors, self._last_read = 0, path
+        self._remember_devices(os.path.dirname(os.path.realpath(path)))
         return opened
 
     def find(self, name: str) -> Path | None:
-        """Where the picture `name` lies; None where it does not."""
+        """The file of the picture `name`; None if there is none."""
         try:
-            return _find(places(self.path, self._names, name), name)
+            return find_file(candidate_paths(self.path, self._names, name), name)
         except RowError:
             return None
 
     def hint(self, name: str) -> str | None:
-        """What else is there that may be meant by the name of a picture that is not, in half a sentence."""
-        found = self._nearby.find(name)
+        """A file that may be meant by the name of a missing picture, as half a sentence; None if none is seen."""
+        found = self._similar.find(name)
         return found and f"there is {quoted(found)}"
 
     def _with_hint(self, failure: F, name: str) -> F:
-        """The same failure, and what may be meant: only said where the failure is known to be the row's own."""
+        """The same failure with a hint. Only for failures that are known to be the row's own."""
         hint = self.hint(name)
-        said = f"{failure}; {hint}: if that is meant, correct the table or --images-dir" if hint else str(failure)
-        return type(failure)(said, failure.errno)
+        message = f"{failure}; {hint}: if that is meant, correct the table or --images-dir" if hint else str(failure)
+        return type(failure)(message, failure.errno)
 
-    def _see_whether_all_is_there(self, paths: Sequence[Path], number: int) -> None:
+    def _check_storage(self, paths: Sequence[Path], number: int) -> None:
+        """Raise StorageError if the error `number` is not the fault of the picture that was looked for at `paths`."""
         self._errors += number not in OF_THE_FILE
-        if number in GONE or self._has_all_gone(number):
+        if number in GONE or self._all_files_fail(number):
             raise StorageError(
                 f"{paths[0]} cannot be read ({os.strerror(number)}), which is not the picture's fault; "
-                f"mend the file server or the disk, and {SAME_COMMAND}"
+                f"repair the file server or the disk, and {SAME_COMMAND}"
             )
         changed = next(filter(None, map(self._find_change, paths)), None)
         if changed:
@@ -124,17 +121,17 @@ class PictureFolder:
                 f"{changed} is no longer the folder that it was when this run began; mount it again, and {SAME_COMMAND}"
             )
 
-    def _has_all_gone(self, number: int) -> bool:
+    def _all_files_fail(self, number: int) -> bool:
         if number in OF_THE_FILE:
             return False
-        if self._last is None:
+        if self._last_read is None:
             return number == errno.EIO and self._errors >= IN_A_ROW_AT_FIRST
-        return self._errors >= IN_A_ROW and not _can_be_read(self._last)
+        return self._errors >= IN_A_ROW and not _can_be_read(self._last_read)
 
     def _find_change(self, path: Path) -> str | None:
-        """The folder on the way to `path` that is gone, or lies on another device than before."""
+        """The folder on the way to `path` that is gone, or lies on another device than before; None if none is."""
         try:
-            if not os.path.samestat(os.fstat(self._held), os.stat(self.path)):
+            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
                 return str(self.path)
         except OSError:
             return str(self.path)
@@ -143,7 +140,7 @@ class PictureFolder:
                 return folder
         return None
 
-    def _remember(self, folder: str) -> None:
+    def _remember_devices(self, folder: str) -> None:
         for unknown in _with_parents(folder):
             if unknown in self._devices:
                 return
@@ -152,86 +149,8 @@ class PictureFolder:
                 self._devices[unknown] = device
 
 
-def locate(folder: Path, name: str) -> Path:
-    """Where the picture `name` of a table lies below `folder`. Links in the folder are followed, wherever they lead.
-
-    Raises:
-        PictureOutsideFolder: as `places`.
-        PictureNotFound: as `places`; or no file is there.
-    """
-    return _find(places(folder, absolute_names(folder), name), name)
-
-
-def places(folder: Path, names: Sequence[str], name: str) -> list[Path]:
-    """Where the picture `name` of a table may lie below `folder`: under this name, or under its other Unicode form.
-
-    A Mac writes the letters and the accents of names apart, in archives too, and shows them as one.
-
-    Args:
-        names: the folder's own, `absolute_names`.
-    Raises:
-        PictureOutsideFolder: the name has a `..`, or is absolute and does not lead to the folder.
-        PictureNotFound: no file can have the name.
-    """
-    if not name.strip():
-        raise PictureNotFound("the row names no picture; expected a file name below --images-dir, name one")
-    if len(name.encode(errors="replace")) > LONGEST_NAME:
-        raise PictureNotFound(f"{quoted(name)} is too long; expected a path of {LONGEST_NAME} bytes at most, rename it")
-    if ".." in PurePosixPath(name).parts:
-        raise PictureOutsideFolder(
-            f"{quoted(name)} has a '..', which may lead out of the picture folder; "
-            "expected a path below --images-dir without one, rename it"
-        )
-    below = _below(names, name) if name.startswith("/") else name
-    if below is None:
-        raise PictureOutsideFolder(
-            f"{quoted(name)} is an absolute path that does not begin with {from_disk(folder.absolute())}; "
-            "expected one below --images-dir, rename it, or give --images-dir as the table has it"
-        )
-    forms = [below] if below.isascii() else [below, *(normalize(form, below) for form in ("NFC", "NFD"))]
-    try:
-        return [folder / to_disk(form) for form in dict.fromkeys(forms)]
-    except ValueError as error:
-        raise _not_found(name, str(error)) from None
-
-
-def _find(paths: Sequence[Path], name: str) -> Path:
-    """The first of the paths at which a file is."""
-    for path in paths:
-        number, found = None, "it is not a file"
-        try:
-            if stat.S_ISREG(path.stat().st_mode):
-                return path
-        except OSError as error:  # not there, a name too long, no permission, a broken disk
-            number, found = error.errno, error.strerror or str(error)
-        except ValueError as error:  # a name that no file can have
-            found = str(error)
-        if number != errno.ENOENT:
-            break
-    raise _not_found(name, found, number)
-
-
-def _not_found(name: str, found: str, number: int | None = None) -> PictureNotFound:
-    return PictureNotFound(
-        f"{quoted(name)} cannot be found ({found}); expected a picture below --images-dir, put one there", number
-    )
-
-
-def _below(names: Sequence[str], name: str) -> str | None:
-    """What of an absolute name follows one of a folder's names; None where it leads elsewhere."""
-    path = PurePosixPath("/" + name.lstrip("/"))
-    return next((str(path.relative_to(base)) for base in names if path.is_relative_to(base)), None)
-
-
-def absolute_names(folder: Path) -> list[str]:
-    """A folder's names: as it was given, from where the process is or the shell believes to be; and as it lies."""
-    in_the_shell = os.path.normpath(os.path.join(working_folder(), folder))
-    candidates = os.path.abspath(folder), in_the_shell, os.path.realpath(folder)
-    return [from_disk(name) for name in candidates if _is_same(name, folder)]
-
-
 def _can_be_read(path: Path) -> bool:
-    """Whether the disk still gives a file, and not only the machine's memory."""
+    """Whether the disk still delivers a file; its copy in the page cache does not count."""
     try:
         with open(path, "rb", buffering=0) as stream:
             if hasattr(os, "posix_fadvise"):
@@ -245,13 +164,6 @@ def _with_parents(folder: str) -> Iterator[str]:
     while folder != (parent := os.path.dirname(folder)):
         yield folder
         folder = parent
-
-
-def _is_same(name: str, folder: Path) -> bool:
-    try:
-        return os.path.samefile(name, folder)
-    except OSError:
-        return False
 
 
 def _device(folder: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
-from vqa_embeddings.data.picture_folder import locate
+from vqa_embeddings.data.picture_paths import locate
 from vqa_embeddings.errors import RowError, StorageError
 
 SIDE = 160  # pixels of the longer side

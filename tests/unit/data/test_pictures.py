@@ -27,10 +27,11 @@ from vqa_embeddings.app.plan_summary import find_absent
 from vqa_embeddings.data import decode_pool as decode_pool_module
 from vqa_embeddings.data import picture_folder as folder_module
 from vqa_embeddings.data import read_ahead as read_ahead_module
-from vqa_embeddings.data import similar_names as nearby
+from vqa_embeddings.data import similar_names
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.decode_pool import DecodePool
-from vqa_embeddings.data.picture_folder import GONE, PictureFolder, locate
+from vqa_embeddings.data.picture_folder import GONE, PictureFolder
+from vqa_embeddings.data.picture_paths import locate
 from vqa_embeddings.data.read_ahead import read_ahead
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageError
@@ -212,7 +213,7 @@ LISTED = [
 )
 def test_a_picture_that_is_missing_is_said_to_be_where_it_is_and_not_taken(folder, monkeypatch, name, there, listed):
     """With no entry listed, as in a folder of a million files, of which those that are listed are others."""
-    monkeypatch.setattr(nearby, "LISTED", listed)
+    monkeypatch.setattr(similar_names, "MAX_ENTRIES", listed)
     lay(folder.path, there, ODD["bitmap.bmp"][0])
     kind = PictureOutsideFolder if name.startswith(("/", "..")) else PictureNotFound
     with pytest.raises(kind) as failed:
@@ -236,11 +237,11 @@ def test_a_million_missing_pictures_cost_a_look_each_and_one_listing(folder, mon
     for module, name in ((os, "scandir"), (os.path, "isfile")):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, name=name, whole=whole: looked.update([name]) or whole(path))
-    for number in range(3 * nearby.LOOKS):
+    for number in range(3 * similar_names.MAX_SEARCHES):
         with pytest.raises(PictureNotFound):
             folder.read(f"images/{number}.jpg", open_picture)
     assert looked["scandir"] == 2  # of the folder, and of the one in it
-    assert looked["isfile"] <= nearby.LOOKS * nearby.TRIED
+    assert looked["isfile"] <= similar_names.MAX_SEARCHES * similar_names.MAX_TRIED
 
 
 def test_a_look_on_a_broken_disk_changes_nothing(folder, monkeypatch):
