@@ -1,13 +1,13 @@
-"""What a file is that is no picture of a format that is read: told by its first bytes, for the reason of its rows."""
+"""Files that are not pictures of a format that is read: what they are instead, by their magic numbers."""
 
 from __future__ import annotations
 
-HEAD = 1024  # bytes in which a page says that it is one
+HEAD = 1024  # bytes in which the text of a page is looked for
 CONVERT = "convert it to JPEG or PNG"
 AGAIN = "fetch the picture again"
 
-# What a file begins with, and what it then is. Of several that fit, the first.
-BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+# What a file begins with, and what it then is. If several match, the first counts.
+MAGIC_NUMBERS: tuple[tuple[bytes, str], ...] = (
     (b"\xff\x0a", "a JPEG XL picture"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
     (b"II\xbc", "a JPEG XR picture"),
@@ -56,13 +56,14 @@ BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
 )
-LATER: tuple[tuple[int, bytes, str], ...] = (
+# The same at another place in the file.
+MAGIC_NUMBERS_AT: tuple[tuple[int, bytes, str], ...] = (
     (8, b"CR\2\0", "a raw camera file"),
     (8, b"AVI ", "a video"),
     (128, b"DICM", "a DICOM file"),
     (257, b"ustar", "a tar archive"),
 )
-# What the first box of MPEG's containers names, by how it begins; AVIF is read.
+# Brands of ISO base media files, by their first letters. AVIF is read.
 BRANDS: tuple[tuple[bytes, str], ...] = (
     (b"crx", "a raw camera file"),
     (b"hei", "a HEIC picture"),
@@ -70,46 +71,42 @@ BRANDS: tuple[tuple[bytes, str], ...] = (
     (b"avif", ""),
     (b"avis", ""),
 )
-# What a server sends in place of a picture. XML may also be a drawing.
+# What a server sends instead of a picture. XML may also be a drawing.
 PAGES = {b"<!doctype html": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML document"}
 
 
 def unsupported_kind(data: bytes) -> str | None:
-    """Why no picture can be made of this file, where its first bytes say that it is something else.
-
-    Returns:
-        What it is and what to do; None where it may be a picture.
-    """
+    """What the file is instead of a picture that can be read, and what to do; None if it may be one."""
     if not data:
         return f"it is empty; {AGAIN}"
     if not any(data):
         return f"it holds nothing but zeros; {AGAIN}"
     if data.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer and not the picture itself; fetch that with `git lfs pull`"
-    kind = _of_bytes(data) or _of_brands(data) or _of_text(data[:HEAD].lower())
+    kind = _by_magic_number(data) or _by_brand(data) or _by_text(data[:HEAD].lower())
     if kind in PAGES.values():
         return f"it is {kind} and not a picture; {AGAIN}"
     return f"it is {kind}, which is not read; {CONVERT}" if kind else None
 
 
-def _of_bytes(data: bytes) -> str | None:
-    marks = [*((0, mark, kind) for mark, kind in BEGINNINGS), *LATER]
-    return next((kind for place, mark, kind in marks if data.startswith(mark, place)), None)
+def _by_magic_number(data: bytes) -> str | None:
+    numbers = [*((0, number, kind) for number, kind in MAGIC_NUMBERS), *MAGIC_NUMBERS_AT]
+    return next((kind for place, number, kind in numbers if data.startswith(number, place)), None)
 
 
-def _of_brands(data: bytes) -> str | None:
-    """By the brands of the first box: the major one, and for the general ones of still pictures those beside it."""
+def _by_brand(data: bytes) -> str | None:
+    """By the brands in the `ftyp` box: the major brand, or the compatible ones if that one only says "still image"."""
     if data[4:8] != b"ftyp":
         return None
     length = int.from_bytes(data[:4], "big")
-    major, beside = data[8:12], [data[i : i + 4] for i in range(16, min(length, HEAD), 4)]
-    brands = beside if major in (b"mif1", b"msf1", b"miaf") else [major]
+    major, compatible = data[8:12], [data[i : i + 4] for i in range(16, min(length, HEAD), 4)]
+    brands = compatible if major in (b"mif1", b"msf1", b"miaf") else [major]
     found = [kind for brand in brands for start, kind in BRANDS if brand.startswith(start)]
-    return found[0] if found else "a HEIF picture" if brands is beside else "a video"
+    return found[0] if found else "a HEIF picture" if brands is compatible else "a video"
 
 
-def _of_text(head: bytes) -> str | None:
+def _by_text(head: bytes) -> str | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    page = next((kind for mark, kind in PAGES.items() if text.startswith(mark)), None)
+    page = next((kind for beginning, kind in PAGES.items() if text.startswith(beginning)), None)
     drawing = text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text
     return "an SVG drawing" if drawing else page

@@ -1,7 +1,7 @@
-"""JPEG files that lack nothing but their end marker: every pixel is there. How that is known without a decoder of ours.
+"""JPEG files that lack only their end marker: all pixels are there. Found out without a decoder of our own.
 
-What may be missing is put in its place, in many ways. Where none of them changes a pixel, nothing was missing that
-matters. Scans that have not begun, which no filling shows, are missed in the headers.
+The place of what may be missing is filled with random bytes, in many ways. If none of them changes a pixel, nothing
+was missing that matters. Scans that have not begun at all are not seen by that; they are looked up in the headers.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-START, END = b"\xff\xd8", b"\xff\xd9"
-# Markers: of frames (three of those numbers are tables'), of a scan, of a table of divisors, of the end; of restarts.
-FRAMES, SCAN, DIVISORS, LAST = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xDA, 0xDB, END[1]
+START, END = b"\xff\xd8", b"\xff\xd9"  # SOI and EOI
+# Markers, by the standard's names: SOF (three numbers of its range are tables), SOS, DQT, EOI and RST.
+FRAMES, SCAN, QUANTIZATION, LAST = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, 0xDA, 0xDB, END[1]
 RESTARTS = range(0xD0, 0xD8)
-# One that something follows, or the end; in a scan \xff\x00 is a number. What is before it, decoders skip.
+# A marker with content, or the end. In a scan \xff\x00 is data. Decoders skip what lies before a marker.
 MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
-FREQUENCIES = 64  # of a block
-# One filling for each way in which the next four bits may go on. Either half has all ways for three of them.
+COEFFICIENTS = 64  # of a block
+# A filling for each value of the next four bits. Each half has all values of three of them.
 EVEN, ODD = range(0, 16, 2), range(1, 16, 2)
-FILLING_BYTES = 3000  # more than ten blocks take, some of which may lie beside the picture
-LAST_BYTES = 4  # of a picture, without which pixels are missing
-COARSE = 16  # a divisor with which the smallest change of a number changes a pixel
+FILLING_BYTES = 3000  # more than ten blocks take, some of which may lie outside the picture
+LAST_BYTES = 4  # of a whole picture; without them pixels are missing
+COARSE = 16  # a quantization step with which the smallest change of a coefficient changes a pixel
 
 
 def lacks_end(data: bytes) -> bool:
-    """Whether it is a JPEG that ends within a scan. The decoder does not say so where enough other bytes follow."""
+    """Whether it is a JPEG that ends within a scan. The decoder does not notice if enough other bytes follow."""
     if data.endswith(END) or not data.startswith(START):
         return False
     kinds = [kind for kind, _ in segments(data)]
@@ -38,14 +38,14 @@ def lacks_end(data: bytes) -> bool:
 
 
 def with_end_marker(data: bytes) -> bytes | None:
-    """The file with its end marker, where it lacks that alone; None where pixels may be missing, or it is no JPEG."""
+    """The file with an end marker if it lacks only that; None if pixels may be missing, or it is not a JPEG."""
     scan = _last_scan(data)
     if scan is None or not _has_all_scans(data):
         return None
     behind = MARKER.search(data, scan.stop)
-    rest = _without_half_a_marker(data[: behind.start()] if behind else data)
-    complete = _is_complete(rest, EVEN) and _is_complete(_coarsen(rest), ODD)
-    return rest + END if complete and not _is_filled_up(rest) else None
+    scans = _without_half_a_marker(data[: behind.start()] if behind else data)
+    complete = _is_complete(scans, EVEN) and _is_complete(_coarsen(scans), ODD)
+    return scans + END if complete and not _is_padded(scans) else None
 
 
 def _without_half_a_marker(data: bytes) -> bytes:
@@ -53,7 +53,7 @@ def _without_half_a_marker(data: bytes) -> bytes:
 
 
 def _is_complete(data: bytes, fillings: range) -> bool:
-    """Whether all pixels are the same, whatever follows."""
+    """Whether all pixels stay the same, whatever bytes follow."""
     try:
         digests = (_digest(data + _filling(number) + END) for number in fillings)
         first = next(digests)
@@ -62,9 +62,10 @@ def _is_complete(data: bytes, fillings: range) -> bool:
         return False
 
 
-def _is_filled_up(data: bytes) -> bool:
-    """Whether what is no part of the picture stands where the rest of it should be: the last bytes can go, and no
-    pixel is missing. Where all of the last scan can go, it had nothing to say.
+def _is_padded(data: bytes) -> bool:
+    """Whether other bytes lie where the rest of the picture should be: without the last ones no pixel is missing.
+
+    A last scan of which no byte is needed, because it changes nothing, does not count.
     """
     scan = _last_scan(data)
     last_bytes_can_go = _is_complete(_without_half_a_marker(data[:-LAST_BYTES]), EVEN)
@@ -77,17 +78,17 @@ def _digest(data: bytes) -> bytes:
 
 
 def _filling(number: int) -> bytes:
-    """Bytes that begin with these four bits and go on at random; and an interval, as the next one may be marked."""
-    chance = random.Random(number)
-    begin, more = (chance.choices(range(255), k=FILLING_BYTES) for _ in range(2))
-    begin[0] = number << 4 | chance.randrange(15)
+    """Random bytes that begin with the four bits of `number`, a restart marker, and random bytes again."""
+    generator = random.Random(number)
+    begin, more = (generator.choices(range(255), k=FILLING_BYTES) for _ in range(2))
+    begin[0] = number << 4 | generator.randrange(15)
     return bytes([*begin, 0xFF, RESTARTS[number % len(RESTARTS)], *more])
 
 
 def _has_all_scans(data: bytes) -> bool:
-    """Whether scans have begun for every frequency of every component, down to the last bit."""
+    """Whether scans have begun for every coefficient of every component, down to the lowest bit."""
     components = b""
-    lowest: defaultdict[int, dict[int, int]] = defaultdict(dict)  # bit of a component's frequency
+    lowest: defaultdict[int, dict[int, int]] = defaultdict(dict)  # bit of each coefficient, by component
     for kind, content in segments(data):
         if kind in FRAMES:
             components = data[content][6::3]
@@ -95,34 +96,34 @@ def _has_all_scans(data: bytes) -> bool:
             *selected, first, last, bits = data[content]
             for component in selected[1::2]:
                 lowest[component].update(dict.fromkeys(range(first, last + 1), bits & 15))
-    whole = dict.fromkeys(range(FREQUENCIES), 0)
+    whole = dict.fromkeys(range(COEFFICIENTS), 0)
     return bool(components) and all(lowest[component] == whole for component in components)
 
 
 def _coarsen(data: bytes) -> bytes:
-    """The file with larger divisors, but for those of a block's mean: smaller changes of its numbers are seen."""
+    """The file with larger quantization steps, except that of a block's mean: smaller changes become visible."""
     coarse = bytearray(data)
     for kind, content in segments(data):
-        if kind == DIVISORS:
+        if kind == QUANTIZATION:
             place = content.start
             while place < content.stop:
-                size = 1 + (data[place] >> 4)  # bytes of a divisor, of which the last is the lower one
-                for last in range(place + 2 * size, place + 1 + FREQUENCIES * size, size):
+                size = 1 + (data[place] >> 4)  # bytes of a step, the highest first
+                for last in range(place + 2 * size, place + 1 + COEFFICIENTS * size, size):
                     coarse[last] = max(coarse[last], COARSE)
-                place += 1 + FREQUENCIES * size
+                place += 1 + COEFFICIENTS * size
     return bytes(coarse)
 
 
 def _last_scan(data: bytes) -> slice | None:
-    """Where the header of the last scan that has begun lies; None where there is none, or it is no JPEG."""
+    """The place of the last scan's header; None if no scan has begun, or it is not a JPEG."""
     scans = [content for kind, content in segments(data) if kind == SCAN] if data.startswith(START) else []
     return scans[-1] if scans else None
 
 
 def segments(data: bytes) -> Iterator[tuple[int, slice]]:
-    """What is before, between and after the numbers of the scans: which marker, and where its content lies.
+    """The marker of each segment, and the place of its content. The data of the scans is skipped.
 
-    The last one is that of the end, or the last one before the file ends.
+    The last segment is the end marker, or the last one that is whole before the file ends.
     """
     place = len(START)
     while match := MARKER.search(data, place):

@@ -1,7 +1,7 @@
-"""What the numbers in a picture file mean, where its header leaves a choice: trusted, or refused by name.
+"""Pixel formats that are known to be decoded right, by the header of a picture file. All others are refused.
 
-Decoders open more than they show right. What a header says about its samples is looked up among what was seen to be
-right against independent writers and decoders (`python -m tests.picture_check`), and all else is refused.
+Decoders open more files than they decode right. The formats that are trusted here were compared with independent
+encoders and decoders (`python -m tests.helpers.picture_check`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import struct
 from collections.abc import Callable, Iterator
 
 from vqa_embeddings.data import tiff
-from vqa_embeddings.data.jpeg import SCAN, segments
+from vqa_embeddings.data.jpeg import RESTARTS, SCAN, segments
 
 CONVERT = "save it as PNG or JPEG with 8 bits"
 
 
 def untrusted_format(data: bytes) -> str | None:
-    """Why this file is not trusted to be shown right: what it is, and what to do. None where it is."""
+    """What the file is if it may be decoded wrong, and what to do; None if it is trusted."""
     check = next((check for magic, check in CHECKS if data.startswith(magic)), None)
     try:
         found = check(data) if check else None
-    except Exception:  # whatever may come of a broken header: what is not understood is not trusted
+    except Exception:  # a broken header can raise nearly anything
         return "its header is broken; mend or replace it"
     return f"it is {found}, which is not read; {CONVERT}" if found else None
 
@@ -34,56 +34,56 @@ FRAMES = {
     **dict.fromkeys((0xC3, 0xCB), "lossless"),
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical"),
     0xF7: "JPEG-LS",
-}  # by marker; those without a name are read
-RESTARTS = 0xDD  # the marker of how often they come
-MARK = re.compile(rb"\xff([\x01-\xfe])")  # in a scan, restarts too
+}  # by marker (SOF); those with an empty name are read
+RESTART_INTERVAL = 0xDD  # marker (DRI)
+ANY_MARKER = re.compile(rb"\xff([\x01-\xfe])")  # restart markers too
 
 
 def _jpeg(data: bytes) -> str | None:
     restarts = False
-    for mark, place in segments(data):
-        said = data[place]
-        if mark in FRAMES:
-            bits, channels = said[0], said[5]
-            if FRAMES[mark]:
-                return f"a {FRAMES[mark]} JPEG"
+    for marker, place in segments(data):
+        content = data[place]
+        if marker in FRAMES:
+            bits, channels = content[0], content[5]
+            if FRAMES[marker]:
+                return f"a {FRAMES[marker]} JPEG"
             if bits != 8:
                 return f"a JPEG of {bits} bits"
             if channels not in (1, 3, 4):
                 return f"a JPEG of {channels} channels"
-        elif mark == RESTARTS:
-            restarts = said != b"\0\0"
-        elif mark == SCAN:
-            in_order = not restarts or _in_order(data, place.stop)
+        elif marker == RESTART_INTERVAL:
+            restarts = content != b"\0\0"
+        elif marker == SCAN:
+            in_order = not restarts or _restarts_in_order(data, place.stop)
             return None if in_order else "a JPEG whose restart markers are not in order"
     raise ValueError("no scan")
 
 
-def _in_order(data: bytes, start: int) -> bool:
-    """Whether the restart markers of the scan that begins there count as they should, or its rows lie elsewhere."""
-    for count, found in enumerate(MARK.finditer(data, start)):
-        mark = found[1][0]
-        if not 0xD0 <= mark <= 0xD7:
+def _restarts_in_order(data: bytes, start: int) -> bool:
+    """Whether the restart markers of the scan at `start` count up; if not, decoders put its blocks at other places."""
+    for count, found in enumerate(ANY_MARKER.finditer(data, start)):
+        marker = found[1][0]
+        if marker not in RESTARTS:
             return True
-        if mark != 0xD0 + count % 8:
+        if marker != RESTARTS[count % len(RESTARTS)]:
             return False
     return True
 
 
 # GIF
 
-EXTENSION, FRAME, SEE_THROUGH = ord("!"), ord(","), 0xF9
+EXTENSION, FRAME, GRAPHIC_CONTROL = ord("!"), ord(","), 0xF9
 
 
 def _gif(data: bytes) -> str | None:
-    """A first frame that leaves room around it: the decoder fills that with colour 0, and not with the background."""
+    """A first frame smaller than the picture: the decoder fills the rest with colour 0, not the background colour."""
     width, height, flags, background = struct.unpack("<HHBB", data[6:12])
-    at, transparent = 13 + _table(flags), False
+    at, transparent = 13 + _colour_table_bytes(flags), False
     while data[at] in (0, EXTENSION):
         if not data[at]:  # which decoders skip
             at += 1
             continue
-        transparent |= data[at + 1] == SEE_THROUGH and bool(data[at + 3] & 1)
+        transparent |= data[at + 1] == GRAPHIC_CONTROL and bool(data[at + 3] & 1)
         at += 2
         while data[at]:
             at += 1 + data[at]
@@ -93,32 +93,31 @@ def _gif(data: bytes) -> str | None:
     left, top, wide, tall = struct.unpack("<HHHH", data[at + 1 : at + 9])
     if left + wide > width or top + tall > height:
         return "a GIF whose first frame is larger than the picture"
-    around = (left, top, wide, tall) != (0, 0, width, height) and not transparent
-    right = flags & 128 and background == 0 and not data[at + 9] & 128
-    return "a GIF whose first frame does not fill it" if around and not right else None
+    smaller = (left, top, wide, tall) != (0, 0, width, height) and not transparent
+    filled_right = flags & 128 and background == 0 and not data[at + 9] & 128
+    return "a GIF whose first frame does not fill it" if smaller and not filled_right else None
 
 
-def _table(flags: int) -> int:
-    """Bytes of the table of colours."""
+def _colour_table_bytes(flags: int) -> int:
     return 3 << 1 + (flags & 7) if flags & 128 else 0
 
 
 # JPEG 2000
 
-SRGB, GREY, SYCC, CMYK = b"\0\0\0\x10", b"\0\0\0\x11", b"\0\0\0\x12", b"\0\0\0\x0c"  # numbers of colour spaces
-TRUSTED_GREYS = {8, *range(10, 17)}  # bits; of 9 it depends on the container
+SRGB, GREY, SYCC, CMYK = b"\0\0\0\x10", b"\0\0\0\x11", b"\0\0\0\x12", b"\0\0\0\x0c"  # enumerated colour spaces
+TRUSTED_GREY_BITS = {8, *range(10, 17)}  # 9 depend on the container
 
 
 def _jpeg2000(data: bytes) -> str | None:
     boxes = dict(_boxes(data, 0, len(data))) if data[0] == 0 else {}
     at = boxes.get(b"jp2c", slice(0, None)).start
     channels = int.from_bytes(data[at + 40 : at + 42], "big")
-    parts = [data[i : i + 3] for i in range(at + 42, at + 42 + 3 * channels, 3)]
-    bits = {(part[0] & 127) + 1 for part in parts}
-    if not bits <= (TRUSTED_GREYS if channels == 1 and b"pclr" not in boxes else {8}):
-        said = f"{channels} channel{'s' * (channels > 1)} of {'/'.join(map(str, sorted(bits)))} bits"
-        return f"a JPEG 2000 picture with {said}"
-    if any(part[1:] != b"\1\1" for part in parts):
+    components = [data[i : i + 3] for i in range(at + 42, at + 42 + 3 * channels, 3)]
+    bits = {(component[0] & 127) + 1 for component in components}
+    if not bits <= (TRUSTED_GREY_BITS if channels == 1 and b"pclr" not in boxes else {8}):
+        described = f"{channels} channel{'s' * (channels > 1)} of {'/'.join(map(str, sorted(bits)))} bits"
+        return f"a JPEG 2000 picture with {described}"
+    if any(component[1:] != b"\1\1" for component in components):
         return "a JPEG 2000 picture whose channels differ in size"
     colour = data[boxes.get(b"colr", slice(0, 0))]
     if colour[:1] == b"\1" and colour[3:7] not in (SRGB, GREY, SYCC, CMYK):
@@ -132,7 +131,7 @@ def _jpeg2000(data: bytes) -> str | None:
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, slice]]:
-    """The name and the place of each box, those in the header too."""
+    """The name and the place of each box, also of those inside the header box."""
     while at + 8 <= end:
         length, name, start = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], at + 8
         if length == 1:
@@ -144,10 +143,10 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, slice]]:
         at = after
 
 
-# BMP, and ICO, which holds such
+# BMP, and ICO, which contains bitmaps
 
-OLD_HEAD = 12  # bytes of the header that names no number of colours
-RUNS_OF_4 = 2  # which decoders of several versions show wrong
+OLD_HEADER = 12  # bytes of a header without the number of colours
+RLE4 = 2  # compression that several versions of the decoder decode wrong
 
 
 def _bmp(data: bytes) -> str | None:
@@ -160,21 +159,22 @@ def _icon(data: bytes) -> str | None:
 
 
 def _bitmap(data: bytes, at: int) -> str | None:
-    """Of a palette of nothing but greys the decoder believes that a byte is a pixel, or a bit where they are two."""
+    """A palette of greys alone: the decoder takes each byte for a pixel, or each bit if there are two greys."""
 
     def number(place: int, size: int) -> int:
         return int.from_bytes(data[at + place : at + place + size], "little")
 
-    head = number(0, 4)
-    old = head == OLD_HEAD
-    bits, packing, named = (number(10, 2), 0, 0) if old else (number(14, 2), number(16, 4), number(32, 4))
-    if packing == RUNS_OF_4:
+    header = number(0, 4)
+    old = header == OLD_HEADER
+    bits, compression, named = (number(10, 2), 0, 0) if old else (number(14, 2), number(16, 4), number(32, 4))
+    if compression == RLE4:
         return "a bitmap of runs of 4 bits (RLE4)"
     colours, size = named or 1 << min(bits, 8), 3 if old else 4
     levels = (0, 255) if colours == 2 else range(min(colours, 256))
-    grey = all(data[(i := at + head + n * size) : i + 3] == bytes([level] * 3) for n, level in enumerate(levels))
-    right = bits == 1 if colours <= 2 else bits == 8
-    return f"a bitmap with {bits} bits a pixel for {colours} greys" if bits <= 8 and grey and not right else None
+    grey = all(data[(i := at + header + n * size) : i + 3] == bytes([level] * 3) for n, level in enumerate(levels))
+    decoded_right = bits == 1 if colours <= 2 else bits == 8
+    wrong = bits <= 8 and grey and not decoded_right
+    return f"a bitmap with {bits} bits a pixel for {colours} greys" if wrong else None
 
 
 CHECKS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], str | None]], ...] = (
