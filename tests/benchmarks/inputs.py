@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vqa_embeddings.app.demo import DATA, SMALL, Sizes, make_checkpoint
-from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.weights import load_model

@@ -26,7 +26,8 @@ import numpy as np
 from tests.benchmarks.runs import random_run
 from vqa_embeddings.app import merge
 from vqa_embeddings.cli.options import parse_merge
-from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store import parts
 from vqa_embeddings.store import segments as shards

@@ -26,7 +26,7 @@ from vqa_embeddings.app.merge import Outcome, _report
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
-from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.data.table_warnings import survey
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.catalog import Catalog

@@ -19,7 +19,8 @@ from tests.helpers.massive import make_massive
 from tests.helpers.reference import LARGEST, Reference, cosine, relative_error
 from vqa_embeddings.app.demo import DATA, make_checkpoint
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.table import Table, read_table, select
+from vqa_embeddings.data.table import Table, select
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.engine.scheduler import extract
 from vqa_embeddings.layers.device import find_device
 from vqa_embeddings.models.phi4mm.model import Phi4

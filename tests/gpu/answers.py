@@ -17,7 +17,8 @@ from tests.benchmarks.inputs import Noting
 from tests.helpers.reference import relative_error
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
 from vqa_embeddings.engine.scheduler import Flight, extract
 from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE

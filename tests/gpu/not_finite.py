@@ -22,7 +22,7 @@ from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import NonFiniteValues
 from vqa_embeddings.models.phi4mm.decoder import Decoder
 from vqa_embeddings.records import Failed

@@ -17,7 +17,7 @@ from tests.helpers.published_reader import read_published
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.nan_guard import FEW, JUDGED, Probation
-from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import NothingFinite
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.segments import read_failures

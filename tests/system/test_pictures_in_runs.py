@@ -18,7 +18,8 @@ from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import RowError
 from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.records import Extracted

@@ -16,7 +16,8 @@ from vqa_embeddings.base.files import copy_file, new_csv
 from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
 from vqa_embeddings.cluster.world import World, from_rank_zero, new_launch, read_array_slice
 from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.table import Table, read_rows, read_table, sample, select
+from vqa_embeddings.data.table import Table, sample, select
+from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.layers.device import Choice, Device, versions
 from vqa_embeddings.models.checkpoint import Checkpoint
 from vqa_embeddings.store.catalog import scan

@@ -18,7 +18,8 @@ from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import new_csv, publish, publish_json, set_aside, sha256
 from vqa_embeddings.base.process_pool import Workers, gather_ranks, start_workers
 from vqa_embeddings.cluster.world import World
-from vqa_embeddings.data.table import read_rows, select
+from vqa_embeddings.data.table import select
+from vqa_embeddings.data.table_reader import read_rows
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.report.build import write_report

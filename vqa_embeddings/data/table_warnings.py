@@ -65,7 +65,7 @@ def _look(table: Table) -> dict[str, dict[str, _Found]]:
     kinds = ("empty", "missing", "fractions", "powers", "swallowed")
     found = {kind: {role: _Found() for role in ROLES} for kind in kinds}
     first = 0
-    for block, begins in table.spans():
+    for block, begins in table.raw_blocks():
         for row, role, text in _suspects(block, begins):
             if not text.strip():
                 found["empty"][role].add(first + row)

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from vqa_embeddings.base.files import publish, publish_json
-from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import InputError
 
 RUN_FILE = "run.json"

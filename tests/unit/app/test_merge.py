@@ -18,7 +18,7 @@ from tests.helpers.published_reader import read_published
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
-from vqa_embeddings.data.table import read_table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.catalog import scan

@@ -16,7 +16,8 @@ from vqa_embeddings.app.merge import _withdraw
 from vqa_embeddings.base.console import speak
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.cluster.world import World, from_rank_zero
-from vqa_embeddings.data.table import Table, read_rows, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store.parts import Part, announced_path

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqa_embeddings.data import table as tables
-from vqa_embeddings.data.table import Table, read_table
+from vqa_embeddings.data.table import Table
+from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.data.table_warnings import survey
 
 

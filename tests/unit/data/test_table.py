@@ -24,11 +24,12 @@ from tests.benchmarks.runs import random_run
 from vqa_embeddings.app.launch import read_input
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.cli.options import parse_extract
-from vqa_embeddings.data import csv_reader as csvfile
+from vqa_embeddings.data import csv_reader, table_reader
 from vqa_embeddings.data import table as tables
 from vqa_embeddings.data.columns import choose, clean, undecided
 from vqa_embeddings.data.csv_reader import DELIMITERS
-from vqa_embeddings.data.table import Table, read_rows, read_table, sample, select
+from vqa_embeddings.data.table import Table, sample, select
+from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.store.run import Run, claim_run, keep_rows, read_run, read_run_rows
 
@@ -284,7 +285,7 @@ def test_what_is_wrong_about_a_header_is_shown(tmp_path, header, saying):
 def test_text_is_read_a_chunk_at_a_time_and_what_is_not_text_is_named_by_its_place(
     tmp_path, monkeypatch, chunk, encoding
 ):
-    monkeypatch.setattr(csvfile, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(csv_reader, "CHUNK_BYTES", chunk)
     good = (HEADER + "1,é.jpg,Où 🐈?\r\n").encode(encoding)
     assert table(tmp_path, good).row(0) == ["1", "é.jpg", "Où 🐈?", ""]
     wide = encoding == "utf-16"
@@ -298,7 +299,7 @@ def test_text_is_read_a_chunk_at_a_time_and_what_is_not_text_is_named_by_its_pla
 
 
 def test_a_quotation_mark_that_is_never_closed_costs_no_more_memory_than_a_field_may(tmp_path, monkeypatch):
-    monkeypatch.setattr(csvfile, "FIELD_CHARACTERS", 100)
+    monkeypatch.setattr(csv_reader, "FIELD_CHARACTERS", 100)
     data = HEADER + '1,a.jpg,Why?\n2,a.jpg,"Why?\n' + "3,a.jpg,Why?\n" * 50
     assert "line 3 is not CSV (field larger than field limit (100))" in refusal(tmp_path, data.encode())
 
@@ -322,7 +323,7 @@ def test_ids_that_cannot_be_used_are_named_by_their_lines_and_no_others(tmp_path
             bad.append(f"line {3 + 3 * place}: {identity!r} cannot name an HDF5 group")
         elif identity in ids[:place]:
             bad.append(f"line {3 + 3 * place}: {identity!r} is there already")
-    with patch.object(tables, "hash", digest, create=True):
+    with patch.object(table_reader, "hash", digest, create=True):
         if not bad:
             assert list(read_table(path).ids) == ids
         else:
