@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tests.benchmarks.inputs import FULL, Noting, load
 from tests.gpu.report import say
 from tests.helpers.original_layout import write_original
 from tests.helpers.reference import Expected, Reference
+from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings.app.demo import DATA, make_checkpoint
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers.device import Device, find_device, versions
@@ -125,7 +125,7 @@ class Scene:
 
     def _some_rows(self) -> Rows:
         self.images.mkdir(exist_ok=True)
-        shipped = read_rows(DATA / "vqa.csv")
+        shipped = table_rows(DATA / "vqa.csv")
         rows: Rows = []
         for name, count in PICTURES.items():
             (self.images / name).write_bytes((DATA / name).read_bytes())
@@ -133,28 +133,18 @@ class Scene:
         return rows
 
     def _write(self, name: str, rows: Rows) -> Path:
-        with open(self.scratch / name, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        return self.scratch / name
+        return write_table(self.scratch / name, rows)
 
     def _refer(self, checkpoint: Path, table: Path) -> dict[str, Expected]:
         with _told(f"float32 reference of {checkpoint.name}"):
             reference = Reference(checkpoint, self.device.name)
             values = {
                 row["question_id"]: reference.row(self.images / row["image_id"], row["question"], TOKENS)
-                for row in read_rows(table)
+                for row in table_rows(table)
             }
             del reference
         self.release()
         return values
-
-
-def read_rows(path: Path) -> Rows:
-    """The rows of a CSV."""
-    with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 @contextmanager

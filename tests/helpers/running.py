@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import psutil
 
-from tests.conftest import COPIES, TERMS, begin, merge, of_copies, processes, segments
+from tests.helpers.launching import COPIES, TERMS, begin, merge, of_copies, processes, segments
 from tests.helpers.published_reader import read_published
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.store.heartbeat import read_heartbeats

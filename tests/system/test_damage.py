@@ -17,9 +17,10 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
+from tests.helpers.launching import ROOT, arguments_for, command, merge, run
 from tests.helpers.odd_pictures import bad, lay
 from tests.helpers.published_reader import read_published
+from tests.helpers.tables import table_rows, write_table
 from tests.system.test_failures import read_csv
 from tests.system.test_rows import assert_equal_to_reference
 from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.conftest import command, merge, run, table_rows
+from tests.helpers.launching import command, merge, run
 from tests.helpers.published_reader import read_published
+from tests.helpers.tables import table_rows
 from vqa_embeddings.app.demo import DATA, NOTICE, make_checkpoint
 
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import arguments_for, command, merge, run, segments, table_rows, write_table
+from tests.helpers.launching import arguments_for, command, merge, run, segments
 from tests.helpers.published_reader import read_published
+from tests.helpers.tables import table_rows, write_table
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.nan_guard import FEW, JUDGED, Probation

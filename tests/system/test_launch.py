@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, begin, merge, run
+from tests.helpers.launching import ROOT, begin, merge, run
 
 LAUNCH = ROOT / "launch"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

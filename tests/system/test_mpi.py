@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TERMS, arguments_for, kill, merge, processes, run, segments, settings_for_runs
+from tests.helpers.launching import ROOT, TERMS, arguments_for, kill, merge, processes, run, segments, settings_for_runs
 from tests.helpers.published_reader import read_published
 from tests.helpers.running import Running, all_end, assert_complete, stop_at_random_moments, until
 from tests.system.test_rows import assert_equal_to_reference

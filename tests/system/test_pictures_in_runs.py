@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, arguments_for, command, run, table_rows, write_table
+from tests.helpers.launching import ROOT, arguments_for, command, run
 from tests.helpers.odd_pictures import CAT, encoded, lay
 from tests.helpers.published_reader import read_published
+from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode_options import DecodeOptions

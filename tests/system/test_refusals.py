@@ -11,7 +11,8 @@ from pathlib import Path
 import h5py
 import pytest
 
-from tests.conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
+from tests.helpers.launching import ROOT, arguments_for, command, merge, run
+from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.cli.options import parse_extract
 

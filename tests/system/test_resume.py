@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import (
+from tests.helpers.launching import (
     COPIES,
     arguments_for,
     begin,
@@ -22,10 +22,10 @@ from tests.conftest import (
     processes,
     run,
     segments,
-    table_rows,
 )
 from tests.helpers.published_reader import read_published
 from tests.helpers.running import LIMIT, all_end, until
+from tests.helpers.tables import table_rows
 from tests.system.test_rows import assert_equal_to_reference
 
 KILLS = 20

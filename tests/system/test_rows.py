@@ -9,9 +9,10 @@ import h5py
 import pytest
 from PIL import Image
 
-from tests.conftest import command, merge, run, table_rows
+from tests.helpers.launching import command, merge, run
 from tests.helpers.published_reader import read_published
 from tests.helpers.reference import relative_error, strict_error
+from tests.helpers.tables import table_rows
 from vqa_embeddings.app.demo import DATA
 
 TOLERANCE = 1e-4

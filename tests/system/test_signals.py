@@ -16,19 +16,7 @@ from threading import Event
 
 import pytest
 
-from tests.conftest import (
-    COPIES,
-    ROOT,
-    TERMS,
-    arguments_for,
-    command,
-    merge,
-    processes,
-    run,
-    segments,
-    table_rows,
-    write_table,
-)
+from tests.helpers.launching import COPIES, ROOT, TERMS, arguments_for, command, merge, processes, run, segments
 from tests.helpers.published_reader import read_published
 from tests.helpers.running import (
     LIMIT,
@@ -40,6 +28,7 @@ from tests.helpers.running import (
     stop_at_random_moments,
     until,
 )
+from tests.helpers.tables import table_rows, write_table
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.cluster.signals import REPEAT_SECONDS, StopFlag

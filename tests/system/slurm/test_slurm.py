@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import COPIES, ROOT, TERMS, arguments_for, of_copies, table_rows, write_table
+from tests.helpers.launching import COPIES, ROOT, TERMS, arguments_for, of_copies
 from tests.helpers.published_reader import read_published
+from tests.helpers.tables import table_rows, write_table
 from tests.system.slurm.cluster import NODES, Cluster, until, why_not
 from tests.system.test_rows import assert_equal_to_reference
 from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record

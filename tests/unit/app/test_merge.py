@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.conftest import merge
+from tests.helpers.launching import merge
 from tests.helpers.published_reader import read_published
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.base.files import sha256

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import COPIES, arguments_for, command, merge, run, table_rows, write_table
+from tests.helpers.launching import COPIES, arguments_for, command, merge, run
 from tests.helpers.running import Running, until
+from tests.helpers.tables import table_rows, write_table
 from tests.unit.app.test_merge import begin_run, commit, record
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.plan_summary import describe_pictures, find_shortage

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.launching import ROOT
 from tests.unit.app.test_merge import ROWS, begin_run, commit
 from vqa_embeddings.app import supervise as supervise_module
 from vqa_embeddings.app.demo import DATA

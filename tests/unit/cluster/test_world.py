@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from tests.conftest import ROOT, begin, command, kill, processes, run
+from tests.helpers.launching import ROOT, begin, command, kill, processes, run
 from vqa_embeddings.base import console as voice
 from vqa_embeddings.cluster import world as world_module
 from vqa_embeddings.cluster.world import (

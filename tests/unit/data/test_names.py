@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.helpers.launching import ROOT, run
 from tests.helpers.odd_pictures import CAT, encoded, lay
 from vqa_embeddings.app.merge import _withdraw
 from vqa_embeddings.base.console import speak

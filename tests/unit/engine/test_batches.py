@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import TOKENS, table_rows
+from tests.helpers.launching import TOKENS
 from tests.helpers.reference import strict_error
+from tests.helpers.tables import table_rows
 from tests.unit.models.test_model import TOLERANCE, ask, assert_equals, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.timings import Timings

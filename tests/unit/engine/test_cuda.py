@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.gpu.fake import Report, Scene, run
 from tests.gpu.fake_device import FakeDevice
+from tests.helpers.launching import ROOT
 from vqa_embeddings.engine import cuda_graphs as steps_room
 from vqa_embeddings.engine import runner as batch_room
 from vqa_embeddings.engine.cuda_graphs import Steps, _Captured

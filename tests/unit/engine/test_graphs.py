@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import table_rows
 from tests.helpers.recorded_graph import recorded_graphs
+from tests.helpers.tables import table_rows
 from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.helpers.launching import ROOT
 from vqa_embeddings.app.plan_summary import describe_memory
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers import device as compute

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import arguments_for, command, run
+from tests.helpers.launching import arguments_for, command, run
 from tests.helpers.original_layout import edit_json, edit_weights
 from tests.helpers.reference import strict_error
 from tests.system.test_refusals import edit_adapter, refused

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, TOKENS, arguments_for, command, merge, run, table_rows, write_table
 from tests.helpers import flash_stand_in
+from tests.helpers.launching import ROOT, TOKENS, arguments_for, command, merge, run
 from tests.helpers.original_layout import VISION_PATTERN, edit_json, edit_weights, weights_of
 from tests.helpers.reference import cosine
+from tests.helpers.tables import table_rows, write_table
 from tests.system.test_refusals import ADAPTERS, refused
 from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA

@@ -12,10 +12,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.normalizers import NFC
 
-from tests.conftest import TOKENS, table_rows
 from tests.helpers import flash_stand_in
+from tests.helpers.launching import TOKENS
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import Reference, relative_error, strict_error
+from tests.helpers.tables import table_rows
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, arguments_for, command, merge, run, table_rows, write_table
+from tests.helpers.launching import ROOT, arguments_for, command, merge, run
+from tests.helpers.tables import table_rows, write_table
 from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.records import Failed

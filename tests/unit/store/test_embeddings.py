@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.launching import ROOT
 from tests.helpers.published_reader import read_published
 from tests.system.test_damage import links_away, links_within, shows_another_file, stores_away
 from tests.unit.app.test_merge import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
