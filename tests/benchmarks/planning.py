@@ -27,7 +27,7 @@ from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.data.table_warnings import survey
+from vqa_embeddings.data.table_warnings import find_warnings
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import plan_parts
@@ -134,7 +134,7 @@ def _plan(clock: Timings, path: Path, out: Path) -> float:
     with clock("fingerprint"):
         fingerprint = rows.fingerprint()
     with clock("look for what a program has changed"):
-        list(survey(rows))
+        list(find_warnings(rows))
     with clock("number the pictures"):
         pictures = rows.pictures()
     pending = np.ones(len(rows), bool)

@@ -16,7 +16,7 @@ from vqa_embeddings.base.console import say
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.data.table_warnings import survey
+from vqa_embeddings.data.table_warnings import find_warnings
 from vqa_embeddings.errors import quoted
 from vqa_embeddings.layers.device import Choice, Device, count_processes
 from vqa_embeddings.models.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def brief(
     absent = find_absent(folder, table, launch)
     if absent:
         yield f"warning: {absent}; check --images-dir"
-    yield from (f"warning: {oddity}" for oddity in survey(table))
+    yield from (f"warning: {oddity}" for oddity in find_warnings(table))
     if not pending:
         yield f"nothing to do; next: python merge_shards.py --output-dir {shlex.quote(str(options.output_dir))}"
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from vqa_embeddings.data import table as tables
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.data.table_warnings import survey
+from vqa_embeddings.data.table_warnings import find_warnings
 
 
 def told(ids: Sequence[str] = "12", images: Sequence[str] = "ab", questions: Sequence[str] = "??") -> list[str]:
     """What is said of a table of two rows."""
-    return list(survey(Table(ids, images, questions, ["", "nan"])))
+    return list(find_warnings(Table(ids, images, questions, ["", "nan"])))
 
 
 def test_nothing_is_said_of_a_table_that_looks_right():
@@ -46,7 +46,7 @@ def test_rows_that_a_quotation_mark_has_swallowed_are_pointed_out(tmp_path):
     path = tmp_path / "vqa.tsv"
     rows = '1\ta.jpg\t"stop\n2\tb.jpg\tgo"\n3\tc.jpg\t"two\nlines"\n'
     path.write_text(f"question_id\timage_id\tquestion\n{rows}")
-    assert [said.partition(":")[0] for said in survey(read_table(path))] == [
+    assert [said.partition(":")[0] for said in find_warnings(read_table(path))] == [
         "question 'stop\\n2\\tb.jpg\\tgo' in row '1'"
     ]
 
@@ -68,6 +68,6 @@ def test_what_is_counted_is_there_whatever_stands_beside_it(rows):
         count = sum(row[place] in texts for row in rows)
         expected += [f"{shown} in {f'{count} rows' if count > 1 else 'row'}"] * bool(count)
     with patch.object(tables, "BLOCK_ROWS", 2):
-        said = list(survey(Table.from_rows(rows)))
+        said = list(find_warnings(Table.from_rows(rows)))
     assert len(said) == len(expected)
     assert all(sentence.startswith(begin) for sentence, begin in zip(said, expected, strict=True))
