@@ -1,168 +1,32 @@
-"""Pictures of every kind: seen as a viewer shows them, or a failed row with a reason; one that kills costs its row."""
+"""The folder of pictures: a missing picture is its row's fault, a folder, disk or server that has gone is not."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from unicodedata import normalize
 
-import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from tests.helpers.odd_pictures import bad, lay, odd
-from tests.helpers.running import all_end, until
+from tests.helpers.odd_pictures import lay, odd
 from vqa_embeddings.app.plan_summary import find_absent
-from vqa_embeddings.data import decode_pool as decode_pool_module
 from vqa_embeddings.data import picture_folder as folder_module
-from vqa_embeddings.data import read_ahead as read_ahead_module
 from vqa_embeddings.data import similar_names
 from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.data.decode_pool import DecodePool
 from vqa_embeddings.data.picture_folder import GONE, PictureFolder
 from vqa_embeddings.data.picture_paths import locate
-from vqa_embeddings.data.read_ahead import read_ahead
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import PictureNotFound, PictureOutsideFolder, PictureUnreadable, StorageError
 
 ODD = odd()
-UNREADABLE = {name: data for name, (data, error) in bad().items() if error == "PictureUnreadable"}
-TOO_LONG = {"strip.png", "column.png"}  # pictures, which the model's processor does not take
-STAGED = {"crash.jpg", "hang.jpg"}  # whole, until somebody stages what their names say
-
-
-@pytest.fixture(scope="module")
-def pool() -> DecodePool:
-    return DecodePool()
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_picture_is_seen_as_a_viewer_shows_it(tmp_path, pool, name):
-    data, pixels = ODD[name]
-    lay(tmp_path, name, data)
-    for picture in (open_picture(locate(tmp_path, name)), pool(locate(tmp_path, name))):
-        assert picture.mode == "RGB"
-        assert np.array_equal(np.asarray(picture), pixels)
-
-
-@pytest.mark.parametrize("name", sorted(UNREADABLE.keys() - TOO_LONG - STAGED))
-def test_what_is_no_picture_is_refused_with_a_reason(tmp_path, pool, name):
-    lay(tmp_path, name, UNREADABLE[name])
-    for open_ in (open_picture, pool):
-        with pytest.raises(PictureUnreadable, match=f"{name} cannot be read as a picture: ") as refused:
-            open_(tmp_path / name)
-        assert str(tmp_path) not in str(refused.value) and "\n" not in str(refused.value)
-    assert {path.name for path in tmp_path.iterdir()} == {name}, "something has been written, or run"
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("script.eps", "a PostScript document"),
-        ("layers.psd", "a Photoshop document"),
-        ("paper.pdf", "a PDF document"),
-        ("vector.svg", "an SVG drawing"),
-        ("film.mp4", "a video"),
-    ],
-)
-def test_formats_that_are_not_for_photographs_are_not_even_tried(tmp_path, monkeypatch, name, kind):
-    """Pillow would start Ghostscript for some."""
-    lay(tmp_path, name, UNREADABLE[name])
-    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it is tried"))
-    with pytest.raises(PictureUnreadable, match=f": it is {kind}, which is not read; convert it to JPEG or PNG$"):
-        open_picture(tmp_path / name)
-
-
-def test_a_picture_that_must_not_be_read_is_refused():
-    root = os.geteuid() == 0  # who may read everything
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        lay(Path(folder), "secret.png", ODD["rgba.png"][0])
-        (Path(folder) / "secret.png").chmod(0)
-        if root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(PictureUnreadable, match="Permission denied"):
-                open_picture(locate(Path(folder), "secret.png"))
-        finally:
-            if root:
-                os.seteuid(0)
-
-
-def staged(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
-    """Have every new Python process run `code` before all else."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(code)
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-
-
-def decode_process_of(pool: DecodePool) -> psutil.Process:
-    return psutil.Process(pool._local.process._process.pid)
-
-
-def test_a_decode_process_that_was_killed_costs_nothing(tmp_path, pool):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    first = pool(tmp_path / "cat.png")
-    before = decode_process_of(pool)
-    before.kill()
-    assert np.array_equal(np.asarray(pool(tmp_path / "cat.png")), np.asarray(first))
-    assert decode_process_of(pool).pid != before.pid
-
-
-def test_a_picture_that_hangs_is_given_up_in_time_and_the_next_one_is_read(tmp_path, monkeypatch):
-    for name, data in (("cat.jpg", b""), ("hang.jpg", b"hang")):
-        lay(tmp_path, name, UNREADABLE["hang.jpg"].removesuffix(b"hang") + data)
-    slow = "lambda stream, **b: (time.sleep(60 * stream.getvalue().endswith(b'hang')), whole(stream, **b))[1]"
-    staged(monkeypatch, tmp_path / "staged", f"import time, PIL.Image as m; whole = m.open; m.open = {slow}")
-    pool = DecodePool()
-    pool(tmp_path / "cat.jpg")
-    hanging = decode_process_of(pool)
-    with monkeypatch.context() as impatient:
-        impatient.setattr(decode_pool_module, "OPEN_SECONDS", 1)
-        begun = time.monotonic()
-        with pytest.raises(PictureUnreadable, match="has not been opened within 1 s"):
-            pool(tmp_path / "hang.jpg")
-        assert time.monotonic() - begun < 3
-    pool(tmp_path / "cat.jpg")
-    assert all_end([hanging], 2)
-
-
-def test_a_decode_process_ignores_signals_but_ends_with_its_rank(tmp_path):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    script = (
-        "import sys, time; from pathlib import Path; from vqa_embeddings.data.decode_pool import DecodePool\n"
-        "pool = DecodePool(); pool(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
-    )
-    rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
-    assert rank.stdout.readline() == b"open\n"
-    (process,) = rank.children()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        process.send_signal(number)
-    time.sleep(0.3)
-    assert process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    rank.kill()
-    rank.wait()
-    assert all_end([process], 5)
-
-
-def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, pool, monkeypatch):
-    Image.new("1", (40_000, 4_000)).save(tmp_path / "wide.png")  # 160 million pixels, 0.5 GB as RGB
-    assert pool(tmp_path / "wide.png").size == (40_000, 4_000)
-    monkeypatch.setattr(decode_pool_module, "MEMORY_BYTES", 300 << 20)
-    with pytest.raises(PictureUnreadable, match="it takes too much memory"):
-        DecodePool()(tmp_path / "wide.png")
 
 
 @pytest.fixture
@@ -411,106 +275,6 @@ def test_a_folder_whose_names_must_not_be_listed_is_read_by_name():
         finally:
             if root:
                 os.seteuid(0)
-
-
-def test_a_server_that_does_not_answer_at_all_ends_the_run_and_not_one_that_is_slow(monkeypatch):
-    monkeypatch.setattr(read_ahead_module, "LONGEST_WAIT", 1.5)
-    slow = read_ahead(range(6), lambda key: time.sleep(0.3) or key, 1)
-    assert [found for _, found in slow] == [0, 1, 2, 3, 4, 5]
-    over = Event()
-    with pytest.raises(StorageError, match="no picture has come for 0 minutes, and the next would be that of 0"):
-        next(read_ahead(range(4), lambda key: over.wait(60), 1))
-    over.set()
-
-
-@pytest.mark.parametrize("through", [DecodePool(), open_picture], ids=["pool", "alone"])
-def test_what_the_system_says_of_a_file_is_known_by_its_number(tmp_path, through):
-    with pytest.raises(PictureUnreadable, match="No such file or directory") as failed:
-        through(tmp_path / "gone.png")
-    assert failed.value.errno == errno.ENOENT
-    lay(tmp_path, "half.png", ODD["bitmap.bmp"][0][:100])
-    with pytest.raises(PictureUnreadable) as failed:
-        through(tmp_path / "half.png")
-    assert failed.value.errno is None
-
-
-def test_a_decode_process_that_cannot_start_is_no_fault_of_the_picture(tmp_path, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    staged(monkeypatch, tmp_path / "staged", "import os, sys; sys.stderr.write('no room for that\\n'); os._exit(3)")
-    with pytest.raises(StorageError, match=r"ends at its start \(no room for that\)"):
-        DecodePool()(tmp_path / "cat.png")
-
-
-def test_a_decode_process_that_does_not_become_ready_is_no_fault_of_the_picture(tmp_path, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    staged(monkeypatch, tmp_path / "staged", "import time; time.sleep(60)")
-    monkeypatch.setattr(decode_pool_module, "START_SECONDS", 1)
-    with pytest.raises(StorageError, match="has not started within 1 s"):
-        DecodePool()(tmp_path / "cat.png")
-
-
-def test_a_machine_that_is_full_of_processes_is_waited_for_and_then_said(tmp_path, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    start, tries = decode_pool_module.start_child, 0
-
-    def start_at_times(*arguments, **settings):
-        nonlocal tries
-        tries += 1
-        if tries in free:
-            return start(*arguments, **settings)
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr(decode_pool_module, "start_child", start_at_times)
-    monkeypatch.setattr(decode_pool_module, "PAUSES", (0.01, 0.01))
-    free = {3}
-    DecodePool()(tmp_path / "cat.png")
-    free = set()
-    with pytest.raises(StorageError, match=r"no process can be started .*temporarily unavailable"):
-        DecodePool()(tmp_path / "cat.png")
-
-
-def test_a_file_that_nobody_delivers_is_no_fault_of_the_picture(tmp_path, pool, monkeypatch):
-    os.mkfifo(tmp_path / "slow.png")
-    monkeypatch.setattr(decode_pool_module, "OPEN_SECONDS", 1)
-    with pytest.raises(StorageError, match=r"slow.png has not been read within 1 s"):
-        pool(tmp_path / "slow.png")
-
-
-def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    print_often = "import os, PIL.Image as module; whole = module.open; print('hello'); os.write(2, b'hello')\n"
-    print_more = (
-        "module.open = lambda *a, **b: (os.write(1, b'x' * 9999), os.write(2, b'y' * 99999), whole(*a, **b))[2]"
-    )
-    staged(monkeypatch, tmp_path / "staged", print_often + print_more)
-    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    for _ in range(3):
-        assert np.array_equal(np.asarray(DecodePool()(tmp_path / "cat.png")), ODD["bitmap.bmp"][1])
-
-
-def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch):
-    lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
-    slow = f"import time, PIL.Image as module; whole, begun = module.open, open({str(tmp_path / 'begun')!r}, 'a')\n"
-    slow += "module.open = lambda *a, **b: (print(file=begun, flush=True), time.sleep(1.5), whole(*a, **b))[2]"
-    staged(monkeypatch, tmp_path / "staged", slow)
-    script = (
-        "import sys; from pathlib import Path; import vqa_embeddings.data.decode_pool as module\n"
-        "decode = module.DecodePool(); decode(Path(sys.argv[1])); module.OPEN_SECONDS = 3; print('open', flush=True)\n"
-        "decode(Path(sys.argv[1])); print('open', flush=True)"
-    )
-    rank = psutil.Popen([sys.executable, "-c", script, str(tmp_path / "cat.png")], stdout=-1)
-    assert rank.stdout.readline() == b"open\n"
-    until(lambda: (tmp_path / "begun").stat().st_size == 2, rank)
-    both = [rank, *rank.children()]
-    assert len(both) == 2
-    for process in both:
-        process.suspend()
-    time.sleep(4)
-    rank.resume()  # which looks at the clock first
-    time.sleep(0.2)
-    both[1].resume()
-    assert rank.stdout.readline() == b"open\n"
-    assert rank.wait() == 0
 
 
 def test_links_in_the_folder_are_followed(tmp_path):
