@@ -1,4 +1,4 @@
-"""Pictures as people have them: odd ones, each with the pixels that it is to be seen as, and such as are none."""
+"""Pictures as users have them: odd ones, each with its right pixels, and files that are not pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def three(grey: np.ndarray) -> np.ndarray:
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of these chunks, whatever they say."""
+    """A PNG of these chunks, valid or not."""
     made = b"".join(
         struct.pack("!I", len(data)) + name + data + struct.pack("!I", zlib.crc32(name + data)) for name, data in chunks
     )
@@ -92,7 +92,7 @@ def odd() -> dict[str, tuple[bytes, np.ndarray]]:
 
 
 def bad() -> dict[str, tuple[bytes | Callable[[Path], object], str]]:
-    """Names that are no pictures: what lies there, or what lays it there, and the error that is expected."""
+    """Names that are not pictures: the file's content, or what makes the file, and the expected error."""
     jpeg, lossless = encoded(CAT, "JPEG"), encoded(CAT, "PNG")
     gif, webp, tiff = encoded(GREY, "GIF"), encoded(CAT, "WEBP"), encoded(CAT, "TIFF", compression="tiff_deflate")
     noise = random.Random(5).randbytes(4000)
@@ -134,7 +134,7 @@ def bad() -> dict[str, tuple[bytes | Callable[[Path], object], str]]:
         "wrong_sum.png": lossless[:60] + bytes([lossless[60] ^ 1]) + lossless[61:],
         "strip.png": encoded(np.zeros((2, 4000, 3), np.uint8), "PNG"),
         "column.png": encoded(np.zeros((9000, 1), np.uint8), "PNG"),
-        "crash.jpg": jpeg + b"crash",  # behind the picture, where no decoder looks but the one that is staged
+        "crash.jpg": jpeg + b"crash",  # behind the picture; only the decoder that the test patches reads it
         "hang.jpg": jpeg + b"hang",
     }
     absent: dict[str, Callable[[Path], object] | None] = {
@@ -160,7 +160,7 @@ def bad() -> dict[str, tuple[bytes | Callable[[Path], object], str]]:
 
 
 def lay(folder: Path, name: str, content: bytes | Callable[[Path], object]) -> None:
-    """Lay a picture, or what is none, into the folder."""
+    """Put a picture, or what is not one, into the folder."""
     path = folder / name
     if isinstance(content, bytes):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Odd pictures of every format, made by seed, against what independent writers and decoders say of them.
+"""Odd pictures of every format, made by seed, compared with independent writers and decoders.
 
     python -m tests.helpers.picture_check --count 10000 [--seed 0] [--only TIFF]
 
-Every picture must be seen as it is, or be a failed row with a reason: exit 1 where one is seen otherwise.
-What a lossless file shows is known by its writer; a lossy one is decoded by FFmpeg, or by a plain decoder with
+Every picture must be decoded right, or be a failed row with a reason: exit 1 if one is decoded wrong.
+The pixels of a lossless file are known from its writer. A lossy file is decoded by FFmpeg, or by a plain decoder with
 the arithmetic written out here.
 """
 
@@ -38,7 +38,7 @@ LOSSY = 4.0  # grey levels, on average, by which two decoders of a lossy file ma
 
 @dataclass(frozen=True)
 class Odd:
-    """A picture, what it is, and how it is to be seen: uint8 [height, width, 3], or None where that is not defined."""
+    """A picture file, what it is, and its right pixels: uint8 [height, width, 3], or None if they are not defined."""
 
     data: bytes
     what: str
@@ -62,7 +62,7 @@ def rough(rng: np.random.Generator, bits: tuple[int, ...]) -> np.ndarray:
 
 
 def eight(samples: np.ndarray, bits: int) -> np.ndarray:
-    """Samples of so many bits as 8: widened, or the upper ones."""
+    """Samples of so many bits as 8 bits: scaled up, or the upper ones."""
     return (samples >> bits - 8 if bits >= 8 else samples * 255 // ((1 << bits) - 1)).astype(np.uint8)
 
 
@@ -71,7 +71,7 @@ def three(grey: np.ndarray) -> np.ndarray:
 
 
 def of_inks(inks: np.ndarray) -> np.ndarray:
-    """What four inks, 255 is all of one, leave of the white."""
+    """RGB of four inks, of which 255 is the most."""
     paper = 255.0 - inks
     return np.round(paper[..., :3] * paper[..., 3:4] / 255).astype(np.uint8)
 
@@ -84,7 +84,7 @@ def of_ycc(planes: np.ndarray) -> np.ndarray:
 
 
 def by_ffmpeg(data: bytes, full: bool = False) -> np.ndarray:
-    """A lossy file as FFmpeg's own decoders see it, its chroma interpolated, its matrix that of BT.601."""
+    """A lossy file as FFmpeg's own decoders decode it, with interpolated chroma and the matrix of BT.601."""
     with av.open(io.BytesIO(data)) as container:
         frame = next(container.decode(video=0))
     form = frame.format
@@ -109,7 +109,7 @@ def by_ffmpeg(data: bytes, full: bool = False) -> np.ndarray:
 
 
 def stretched(plane: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """A plane of chroma in the size of the luma, interpolated."""
+    """A plane of chroma, interpolated to the size of the luma."""
     for axis in (0, 1):
         few, many = plane.shape[axis], size[axis]
         if few != many:
@@ -157,7 +157,7 @@ def tiff(rng: np.random.Generator) -> Odd:
     bits, photometric, extra = one_of(rng, *(TIFF_COMMON if rng.integers(3) else TIFF_LAYOUTS))
     compression = one_of(rng, *write.TIFF_COMPRESSION)
     planar = one_of(rng, 1, 1, 2)
-    said = {
+    settings = {
         "order": one_of(rng, "<", ">"),
         "big": rng.integers(8) == 0,
         "planar": planar,
@@ -182,8 +182,8 @@ def tiff(rng: np.random.Generator) -> Odd:
     if turned != 1:
         tags[274] = (3, [turned])
         shown = None if shown is None else upright(shown, turned)
-    data = write.tiff(samples, bits, photometric, tags=tags, **said)
-    where = ", ".join(f"{name} {value}" for name, value in said.items() if value)
+    data = write.tiff(samples, bits, photometric, tags=tags, **settings)
+    where = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
     return Odd(data, f"bits {bits}, photometric {photometric}, extra {extra}, {where}, turned {turned}", shown)
 
 
@@ -270,7 +270,7 @@ def tiff_numbers(rng: np.random.Generator) -> Odd:
     )
     picture = smooth(rng, one_of(rng, 1, 3))
     photometric = 1 if picture.shape[2] == 1 else 2
-    said: dict[str, object] = {"order": one_of(rng, "<", ">"), "compression": one_of(rng, 1, 8)}
+    settings: dict[str, object] = {"order": one_of(rng, "<", ">"), "compression": one_of(rng, 1, 8)}
     bits, shown, tags = [8] * picture.shape[2], None, {}
     if kind[1:].isdigit():
         picture = picture.astype(kind)
@@ -282,7 +282,7 @@ def tiff_numbers(rng: np.random.Generator) -> Odd:
         photometric = None
     elif kind == "predictor":
         tags[317] = (3, [3])
-        said["compression"] = 8
+        settings["compression"] = 8
     elif kind == "format 4":
         tags[339] = (3, [4] * picture.shape[2])
     else:  # one value stands for all
@@ -290,7 +290,7 @@ def tiff_numbers(rng: np.random.Generator) -> Odd:
         shown = np.ascontiguousarray(three(picture) if picture.shape[2] == 1 else picture)
     if picture.dtype == np.uint8:
         picture = picture.astype(np.int64)
-    return Odd(write.tiff(picture, bits, photometric, tags=tags, **said), f"{kind} {said} {bits}", shown)
+    return Odd(write.tiff(picture, bits, photometric, tags=tags, **settings), f"{kind} {settings} {bits}", shown)
 
 
 def png(rng: np.random.Generator) -> Odd:
@@ -309,10 +309,10 @@ def png(rng: np.random.Generator) -> Odd:
         before.append((b"PLTE", table.tobytes()))
         shown = table[samples[..., 0]]
     if rng.integers(3) == 0 and colour in (0, 2, 3):
-        see_through = (
+        transparent = (
             samples[0, 0].astype(">u2").tobytes() if colour != 3 else bytes(rng.integers(0, 256, 2, dtype=np.uint8))
         )
-        before.append((b"tRNS", see_through))
+        before.append((b"tRNS", transparent))
     filters = tuple(rng.integers(0, 5, 3).tolist())
     interlaced = bool(rng.integers(2))
     data = write.png(samples, bits, colour, interlaced=interlaced, filters=filters, before=before)
@@ -392,8 +392,8 @@ def bmp(rng: np.random.Generator) -> Odd:
     if kind == "32":
         words = words | rng.integers(0, 256, (height, width)) << 24
     rows = [row.astype("<u4").view(np.uint8).reshape(width, 4)[:, : bits // 8].tobytes() for row in words]
-    said = {"masks": masks, "compression": 3} if kind == "masks" else {}
-    data = write.bmp(rows, width, bits, head=head, down=down and head != 12, **said)
+    settings = {"masks": masks, "compression": 3} if kind == "masks" else {}
+    data = write.bmp(rows, width, bits, head=head, down=down and head != 12, **settings)
     shown = np.stack([eight(samples[..., i], widths[i]) for i in range(3)], axis=2)
     return Odd(data, f"{bits} bits, masks {masks}, head {head}, down {down}", shown)
 
@@ -405,26 +405,26 @@ def gif(rng: np.random.Generator) -> Odd:
     if rng.integers(4) == 0:
         shared = np.arange(1 << bits, dtype=np.uint8)[:, None].repeat(3, 1)
     which = int(rng.integers(3))
-    said = {
+    settings = {
         "shared": None if which == 1 else shared,
         "own": own if which else None,
         "interlaced": bool(rng.integers(2)),
-        "see_through": one_of(rng, None, int(samples[0, 0])),
+        "transparent": one_of(rng, None, int(samples[0, 0])),
         "more": one_of(rng, (), (samples[::-1],)),
         "room": one_of(rng, *[(0, 0, 0, 0)] * 5, (1, 2, 3, 0), (0, 1, -1, 0)),
         "background": int(one_of(rng, 0, (1 << bits) - 1)),
     }
     table = own if which else shared
     shown = table[samples]
-    if max(said["room"]) and min(said["room"]) == 0:
-        left, above, right, below = said["room"]
-        around = said["background"] if said["see_through"] is None else said["see_through"]
+    if max(settings["room"]) and min(settings["room"]) == 0:
+        left, above, right, below = settings["room"]
+        around = settings["background"] if settings["transparent"] is None else settings["transparent"]
         framed = np.full((len(shown) + above + below, shown.shape[1] + left + right, 3), table[around])
         framed[above : above + len(shown), left : left + shown.shape[1]] = shown
-        shown = framed if which == 0 or said["see_through"] is not None else None
-    data = write.gif(samples, bits, **said)
-    what = f"{bits} bits, tables {which}, room {said['room']}, background {said['background']}"
-    return Odd(data, what, None if min(said["room"]) < 0 else shown)
+        shown = framed if which == 0 or settings["transparent"] is not None else None
+    data = write.gif(samples, bits, **settings)
+    what = f"{bits} bits, tables {which}, room {settings['room']}, background {settings['background']}"
+    return Odd(data, what, None if min(settings["room"]) < 0 else shown)
 
 
 def jpeg(rng: np.random.Generator) -> Odd:
@@ -444,13 +444,13 @@ def jpeg(rng: np.random.Generator) -> Odd:
         return Odd(data, f"4:{sampling[1]}:{sampling[2]}", by_ffmpeg(data), LOSSY)
     if kind == "pillow":
         stream = io.BytesIO()
-        said = {
+        settings = {
             "progressive": bool(rng.integers(2)),
             "subsampling": int(rng.integers(3)),
             "restart_marker_rows": int(rng.integers(3)),
         }
-        Image.fromarray(picture).save(stream, "JPEG", quality=level, **said)
-        return Odd(stream.getvalue(), f"{said}", by_ffmpeg(stream.getvalue()), LOSSY)
+        Image.fromarray(picture).save(stream, "JPEG", quality=level, **settings)
+        return Odd(stream.getvalue(), f"{settings}", by_ffmpeg(stream.getvalue()), LOSSY)
     if kind == "ffmpeg":
         data = ffmpeg_encoded(picture, "mjpeg", one_of(rng, "yuvj420p", "yuvj422p", "yuvj444p"))
         return Odd(data, "by FFmpeg", by_ffmpeg(data), LOSSY)
@@ -565,8 +565,8 @@ def avif(rng: np.random.Generator) -> Odd:
 
     def encoded(part: np.ndarray) -> bytes:
         deep = part.astype(np.uint16) << bits - 8 if bits > 8 else part
-        said = {"speed": 10, "bitspersample": bits, "pixelformat": kind if kind.isdigit() else "420"}
-        return imagecodecs.avif_encode(deep[..., 0] if part.shape[2] == 1 else deep, level, **said)
+        settings = {"speed": 10, "bitspersample": bits, "pixelformat": kind if kind.isdigit() else "420"}
+        return imagecodecs.avif_encode(deep[..., 0] if part.shape[2] == 1 else deep, level, **settings)
 
     level = int(rng.integers(80, 101))
     if kind == "grid":

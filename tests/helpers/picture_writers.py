@@ -1,4 +1,4 @@
-"""Writers of odd picture files that share no code with any decoder: each file says what its arguments say."""
+"""Writers of odd picture files that share no code with any decoder: each file is what its arguments say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIFF_COMPRESSION: dict[int, Callable[[bytes], bytes]] = {
 
 
 def packed(samples: np.ndarray, bits: Sequence[int]) -> bytes:
-    """Rows of samples [height, values] as a string of bits, the highest first, each row filled up to whole bytes.
+    """Rows of samples [height, values] as a string of bits, the highest first, each row padded to whole bytes.
 
     Args:
         bits: of the first values of a row; they repeat.
@@ -87,7 +87,7 @@ def tiff(
                 data = TIFF_COMPRESSION[compression](raw)
                 blocks.append(REVERSED[np.frombuffer(data, np.uint8)].tobytes() if fill == 2 else data)
     offsets, counts = (324, 325) if tile else (273, 279)
-    said: dict[int, tuple[int, Sequence[int]]] = {
+    all_tags: dict[int, tuple[int, Sequence[int]]] = {
         256: (4, [width]),
         257: (4, [height]),
         258: (3, list(bits)),
@@ -100,28 +100,28 @@ def tiff(
         **({322: (4, [wide]), 323: (4, [tall])} if tile else {278: (4, [tall])}),
         **(tags or {}),
     }
-    return tiff_of(blocks, said, offsets, counts, order, big)
+    return tiff_of(blocks, all_tags, offsets, counts, order, big)
 
 
 def tiff_of(
     blocks: Sequence[bytes],
-    said: dict[int, tuple[int, Sequence[int]]],
+    tags: dict[int, tuple[int, Sequence[int]]],
     offsets: int = 273,
     counts: int = 279,
     order: str = "<",
     big: bool = False,
 ) -> bytes:
-    """A TIFF of these blocks and tags; where the blocks lie and how long they are is added."""
+    """A TIFF of these blocks and tags; the places and sizes of the blocks are added."""
     start = 16 if big else 8
     places = [start + sum(map(len, blocks[:i])) for i in range(len(blocks))]
-    said = {**said, offsets: (4, places), counts: (4, [len(block) for block in blocks])}
+    tags = {**tags, offsets: (4, places), counts: (4, [len(block) for block in blocks])}
     body = b"".join(blocks)
     body += bytes(len(body) % 2)
     word, entry, room = ("Q", "HHQ", 8) if big else ("I", "HHI", 4)
     directory = start + len(body)
-    after = directory + (8 if big else 2) + len(said) * (20 if big else 12) + room
+    after = directory + (8 if big else 2) + len(tags) * (20 if big else 12) + room
     entries, more = b"", b""
-    for tag, (kind, values) in sorted(said.items()):
+    for tag, (kind, values) in sorted(tags.items()):
         letter = {1: "B", 3: "H", 4: "I", 5: "I", 7: "B"}[kind]
         raw = struct.pack(f"{order}{len(values)}{letter}", *values)
         if len(raw) > room:
@@ -132,7 +132,7 @@ def tiff_of(
         entries += struct.pack(order + entry, tag, kind, len(values) // (2 if kind == 5 else 1)) + at
     mark = b"II" if order == "<" else b"MM"
     head = struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0) if big else (42,)), directory)
-    count = struct.pack(order + ("Q" if big else "H"), len(said))
+    count = struct.pack(order + ("Q" if big else "H"), len(tags))
     return mark + head + body + count + entries + bytes(room) + more
 
 
@@ -150,7 +150,7 @@ def png(
     Args:
         colour: the standard's colour type.
         filters: of the rows, in turn.
-        before: chunks that lie before the pixels.
+        before: chunks before the pixels.
     """
     height, width, channels = samples.shape
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
@@ -175,12 +175,12 @@ def png(
 
 
 def filtered(line: np.ndarray, above: np.ndarray, step: int, kind: int) -> np.ndarray:
-    """A row's bytes less what the PNG filter foretells."""
+    """A row's bytes minus what the PNG filter predicts."""
     left, corner = (np.concatenate([np.zeros(step, np.uint8), row])[: len(row)].astype(int) for row in (line, above))
     up = above.astype(int)
     nearest = np.abs(np.stack([up - corner, left - corner, left + up - 2 * corner])).argmin(axis=0)
-    foretold = [0 * left, left, up, (left + up) // 2, np.choose(nearest, [left, up, corner])][kind]
-    return ((line - foretold) & 255).astype(np.uint8)
+    predicted = [0 * left, left, up, (left + up) // 2, np.choose(nearest, [left, up, corner])][kind]
+    return ((line - predicted) & 255).astype(np.uint8)
 
 
 def netpbm(samples: np.ndarray, maxval: int, kind: int, comment: bytes = b"") -> bytes:
@@ -205,32 +205,32 @@ def bmp(
     down: bool = False,
     whole: bytes | None = None,
 ) -> bytes:
-    """A BMP of these rows, the upper one first, which are filled up to four bytes.
+    """A BMP of these rows, the upper one first, padded to four bytes.
 
     Args:
         head: size of the header: 12, 40, 52, 56, 108 or 124.
         palette: uint8 [colours, 3], red first.
         masks: of the channels, for compression 3.
-        down: the upper row lies first.
-        whole: the pixels as they lie in the file, in place of the rows.
+        down: the upper row comes first.
+        whole: the encoded pixels, in place of the rows.
     """
     data = whole or b"".join(row + bytes(-len(row) % 4) for row in (rows if down else rows[::-1]))
     colours = b"" if palette is None else b"".join(bytes(c[::-1]) + b"\0" * (head != 12) for c in palette)
     if head == 12:
-        said = struct.pack("<IHHHH", head, width, len(rows), 1, bits)
+        header = struct.pack("<IHHHH", head, width, len(rows), 1, bits)
     else:
         used = 0 if palette is None else len(palette)
         tall = -len(rows) if down else len(rows)
-        said = struct.pack("<IiiHHIIiiII", head, width, tall, 1, bits, compression, len(data), 2835, 2835, used, 0)
-        said += struct.pack(f"<{len(masks)}I", *masks)
+        header = struct.pack("<IiiHHIIiiII", head, width, tall, 1, bits, compression, len(data), 2835, 2835, used, 0)
+        header += struct.pack(f"<{len(masks)}I", *masks)
         if head > 40:
-            said = said.ljust(head, b"\0")
-    start = 14 + len(said) + len(colours)
-    return struct.pack("<2sIHHI", b"BM", start + len(data), 0, 0, start) + said + colours + data
+            header = header.ljust(head, b"\0")
+    start = 14 + len(header) + len(colours)
+    return struct.pack("<2sIHHI", b"BM", start + len(data), 0, 0, start) + header + colours + data
 
 
 def run_lengths(indices: np.ndarray, bits: int, rng: np.random.Generator) -> bytes:
-    """Indices [height, width] as RLE8 or RLE4, in runs and as they are."""
+    """Indices [height, width] as RLE8 or RLE4, in runs and in absolute mode."""
     data = b""
     for row in indices[::-1].tolist():
         x = 0
@@ -257,7 +257,7 @@ def gif(
     shared: np.ndarray | None,
     own: np.ndarray | None = None,
     interlaced: bool = False,
-    see_through: int | None = None,
+    transparent: int | None = None,
     more: Sequence[np.ndarray] = (),
     room: tuple[int, int, int, int] = (0, 0, 0, 0),
     background: int = 0,
@@ -280,8 +280,8 @@ def gif(
     )
     data += colours
     for number, frame in enumerate([indices, *more]):
-        if see_through is not None or more:
-            data += b"!\xf9\4" + struct.pack("<BHBB", see_through is not None, 10, see_through or 0, 0)
+        if transparent is not None or more:
+            data += b"!\xf9\4" + struct.pack("<BHBB", transparent is not None, 10, transparent or 0, 0)
         flags, colours = table(own if number == 0 else None)
         order = [y for first, step in [(0, 8), (4, 8), (2, 4), (1, 2)] for y in range(first, height, step)]
         shown = frame[order] if interlaced else frame
@@ -293,11 +293,11 @@ def gif(
 def codes(indices: np.ndarray, bits: int) -> bytes:
     """Indices as LZW whose table is cleared before its codes grow, in blocks."""
     clear, room = 1 << bits, (1 << bits) - 2
-    said = [clear]
+    lzw = [clear]
     for start in range(0, len(indices), room):
-        said += [*indices[start : start + room].tolist(), clear]
-    said[-1] = clear + 1
-    shown = ((np.array(said)[:, None] >> np.arange(bits + 1)) & 1).astype(np.uint8)
+        lzw += [*indices[start : start + room].tolist(), clear]
+    lzw[-1] = clear + 1
+    shown = ((np.array(lzw)[:, None] >> np.arange(bits + 1)) & 1).astype(np.uint8)
     raw = np.packbits(shown.ravel(), bitorder="little").tobytes()
     return (
         bytes([bits])
@@ -322,7 +322,7 @@ def box(name: bytes, data: bytes) -> bytes:
 
 
 def jp2(codestream: bytes, size: tuple[int, int], channels: int, bits: int, space: int, more: bytes = b"") -> bytes:
-    """A JPEG 2000 file around a codestream; `more` boxes stand in its header.
+    """A JPEG 2000 file around a codestream; `more` boxes in its header.
 
     Args:
         size: height and width.
@@ -335,11 +335,11 @@ def jp2(codestream: bytes, size: tuple[int, int], channels: int, bits: int, spac
 
 
 def avif_grid(tiles: Sequence[bytes], rows: int, columns: int, side: int, size: tuple[int, int]) -> bytes:
-    """An AVIF that lays square pictures beside each other, as it lies in other AVIFs of one picture each.
+    """An AVIF that is a grid of square images, each taken from an AVIF of its own.
 
     Args:
         side: of each tile.
-        size: height and width that are shown of them all.
+        size: height and width of the whole image; the grid may be larger.
     """
 
     def full(name: bytes, data: bytes, version: int = 0, flags: int = 0) -> bytes:

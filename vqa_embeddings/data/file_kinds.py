@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HEAD = 1024  # bytes in which the text of a page is looked for
+HEAD = 1024  # bytes in which the text of a page is searched
 CONVERT = "convert it to JPEG or PNG"
 AGAIN = "fetch the picture again"
 

@@ -1,7 +1,7 @@
 """JPEG files that lack only their end marker: all pixels are there. Found out without a decoder of our own.
 
 The place of what may be missing is filled with random bytes, in many ways. If none of them changes a pixel, nothing
-was missing that matters. Scans that have not begun at all are not seen by that; they are looked up in the headers.
+was missing that matters. That misses scans that have not begun at all; the headers tell about those.
 """
 
 from __future__ import annotations

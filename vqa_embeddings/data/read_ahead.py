@@ -74,5 +74,5 @@ def _wait_for(future: Future[T], key: object, stopping: Callable[[], bool]) -> b
             return True
     raise StorageError(
         f"no picture has come for {LONGEST_WAIT / 60:.0f} minutes, and the next would be that of "
-        f"{one_line(key)}; mend the file server, and {SAME_COMMAND}"
+        f"{one_line(key)}; repair the file server, and {SAME_COMMAND}"
     )

@@ -19,8 +19,8 @@ from vqa_embeddings.errors import PictureUnreadable
 
 ODD = odd()
 UNREADABLE = {name: data for name, (data, error) in bad().items() if error == "PictureUnreadable"}
-TOO_LONG = {"strip.png", "column.png"}  # pictures, which the model's processor does not take
-STAGED = {"crash.jpg", "hang.jpg"}  # whole, until somebody stages what their names say
+TOO_LONG = {"strip.png", "column.png"}  # pictures that the model's processor does not accept
+STAGED = {"crash.jpg", "hang.jpg"}  # whole; tests patch the decoder to do what their names say
 
 
 @pytest.fixture(scope="module")

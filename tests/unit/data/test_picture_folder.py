@@ -159,19 +159,19 @@ def test_an_absolute_name_that_leads_to_the_folder_is_taken(tmp_path, monkeypatc
 def test_a_table_without_any_right_name_is_warned_of_with_what_is_there(folder):
     table = Table(["1", "2"], ["139", "140"], ["?", "?"], ["", ""])
     assert "there is" not in find_absent(folder, table, SimpleNamespace(rows=[0, 1]))
-    folder = PictureFolder(folder.path)  # which lists what is there anew
+    folder = PictureFolder(folder.path)  # which lists its entries again
     lay(folder.path, "000000000139.jpg", ODD["bitmap.bmp"][0])
     warning = find_absent(folder, table, SimpleNamespace(rows=[0, 1]))
     assert warning.endswith("not even '139', but there is '000000000139.jpg'")
 
 
 @pytest.mark.parametrize("read_before", [True, False])
-@pytest.mark.parametrize("made_anew", [True, False])
-def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, read_before, made_anew):
+@pytest.mark.parametrize("made_again", [True, False])
+def test_a_folder_of_pictures_that_goes_away_is_no_fault_of_the_rows(folder, read_before, made_again):
     if read_before:
         folder.read("cat.png", open_picture)
     folder.path.rename(folder.path.with_name("elsewhere"))
-    if made_anew:  # as the mount point is, say
+    if made_again:  # as the mount point is, say
         folder.path.mkdir()
     for name in ("cat.png", "more/cat.png", "dog.png", str(folder.path / "cat.png")):
         with pytest.raises(StorageError, match=r"images is no longer the folder .* mount it again"):

@@ -1,4 +1,4 @@
-"""What a program has done to a table on its way is said before the work, of any table and of no other."""
+"""Values that another program has changed are warned of before the work, and no others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vqa_embeddings.data.table_warnings import find_warnings
 
 
 def told(ids: Sequence[str] = "12", images: Sequence[str] = "ab", questions: Sequence[str] = "??") -> list[str]:
-    """What is said of a table of two rows."""
+    """The warnings about a table of two rows."""
     return list(find_warnings(Table(ids, images, questions, ["", "nan"])))
 
 

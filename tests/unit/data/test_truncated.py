@@ -283,7 +283,7 @@ def test_the_mark_goes_with_its_row_wherever_that_goes(out, layout):
     before = contents(out)
     assert merged(out, *arguments)[0] == 4
     assert contents(out) == before
-    commit(out, [marked(12)])  # its part is made anew from what the parts alone hold
+    commit(out, [marked(12)])  # its part is written again from what the parts alone hold
     assert merged(out, *arguments, "--compression", "gzip")[0] == 0
     assert_marked(out, set(range(ROWS)))
     if layout == "grouped":
