@@ -74,30 +74,39 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             keep_rows(options.output_dir, write_rows)
         return
 
+    from vqa_embeddings.app.extract import extract
     from vqa_embeddings.app.nan_guard import Probation
     from vqa_embeddings.base.timings import Timings
     from vqa_embeddings.data.decode_options import DecodeOptions
-    from vqa_embeddings.engine.scheduler import extract
     from vqa_embeddings.models.phi4mm.model import Phi4
     from vqa_embeddings.models.phi4mm.weights import load_model
 
     loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
-    engine = Phi4(*loaded, options.max_new_tokens)
+    model = Phi4(*loaded, options.max_new_tokens)
     began = claim_run(options.output_dir, run)
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, write_rows)
     stop.defer()
-    stages = Timings()
-    settings = options.batch_size, choose_workers(options.num_workers, device)
+    timings = Timings()
     decode_options = DecodeOptions(options.max_megapixels, options.truncated_pictures == "show")
-    records = extract(engine, table, launch.rows, pictures, *settings, stop.requested, stages, decode_options)
+    records = extract(
+        model,
+        table,
+        launch.rows,
+        pictures,
+        batch_size=options.batch_size,
+        workers=choose_workers(options.num_workers, device),
+        stopping=stop.requested,
+        timings=timings,
+        decode_options=decode_options,
+    )
     probation = Probation(launch.rows, launch.pictures[launch.rows], dtype.value, over=launch.stock.extracted > 0)
     name = launch.stock.launch
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
     try:
         with shard, Progress(world, options.output_dir, name, len(launch.rows), launch.slice_pending) as bar:
             for finished in probation.release(records):
-                with stages("waiting for the disk"):
+                with timings("waiting for the disk"):
                     shard.add(finished)
                     if stop.is_new():  # the KILL that follows need not wait for the rows in hand
                         shard.begin_commit()
@@ -105,9 +114,9 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     finally:
         left = len(launch.rows) - shard.committed
         done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
-        for note, times in stages.notes.items():
+        for note, times in timings.notes.items():
             say_for_rank(world, f"{note} ({times} times)" if times > 1 else note)
-        say_for_rank(world, f"{done}; in {stages.total():.1f} s, {stages.outside():.1%} of them outside the model")
+        say_for_rank(world, f"{done}; in {timings.total():.1f} s, {timings.outside():.1%} of them outside the model")
     if left and stop.requested():
         say_for_rank(world, f"stopped by {stop.signal} after a commit; {same_command(options.slice)}")
     else:

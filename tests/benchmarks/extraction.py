@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, write_checkpoint, write_pictures
+from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
+from tests.helpers.asking import load
+from vqa_embeddings.app.extract import extract
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.engine.scheduler import extract
 from vqa_embeddings.layers.device import WORKERS, find_device
 from vqa_embeddings.records import Extracted
 
@@ -126,7 +127,7 @@ def _measure(
 ) -> dict[str, object]:
     names = write_pictures(scratch / "pictures", 3 * case.pictures, case.size)
     small, large = (_table(names[:count], case.questions) for count in (case.pictures, 3 * case.pictures))
-    folder, device = scratch / "pictures", str(engine.decoder.device)
+    folder, device = scratch / "pictures", str(engine.spec.device)
     published.row(folder / names[0], small.questions[0])  # what is set up once
     as_published, as_here, ratios = [], [], []
     for number in range(rounds):
@@ -166,14 +167,16 @@ def _row(published: Published, table: Table, row: int, folder: Path) -> None:
 
 def _extraction(engine: Noting, table: Table, folder: Path) -> tuple[float, Timings]:
     records: list[Any] = []
-    stages, workers = Timings(), WORKERS[engine.decoder.device.type]
+    stages, workers = Timings(), WORKERS[engine.spec.device.type]
     engine.written.clear()
 
     def run() -> None:
-        for finished in extract(engine, table, range(len(table)), PictureFolder(folder), None, workers, stages=stages):
+        for finished in extract(
+            engine, table, range(len(table)), PictureFolder(folder), batch_size=None, workers=workers, timings=stages
+        ):
             records.extend(finished)
 
-    seconds = _seconds(run, str(engine.decoder.device))
+    seconds = _seconds(run, str(engine.spec.device))
     assert len(records) == len(table) and all(isinstance(record, Extracted) for record in records)
     return seconds, stages
 
@@ -191,9 +194,9 @@ def _work(engine: Noting, config: Any, table: Table, folder: Path) -> Work:
     length = round(statistics.mean(map(len, engine.written)))
     total = np.zeros(4)
     for name in dict.fromkeys(table.images):
-        asked = [engine.question(table.questions[row]) for row in range(len(table)) if table.images[row] == name]
+        asked = [engine.tokenize(table.questions[row]) for row in range(len(table)) if table.images[row] == name]
         tokens = [len(question) for question in asked]
-        pixels = engine.pixels(open_picture(folder / name))
+        pixels = engine.preprocess(open_picture(folder / name))
         work = work_of(config, pixels, tokens, [length] * len(tokens), len(engine.vision._layers))
         total += list(asdict(work).values())
     return Work(*total.tolist())

@@ -55,10 +55,10 @@ class Noting(Phi4):
         super().__init__(*given)
         self.written: list[list[int]] = []
 
-    def text(self, written: Sequence[int]) -> str:
+    def detokenize(self, output: Sequence[int]) -> str:
         """The answer; its tokens are kept."""
-        self.written.append(list(written))
-        return super().text(written)
+        self.written.append(list(output))
+        return super().detokenize(output)
 
 
 def write_checkpoint(folder: Path, sizes: Sizes, ending: bool, device: str = "cpu", dtype: str = "float32") -> None:

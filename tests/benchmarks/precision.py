@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import smollm2
-from tests.benchmarks.inputs import load
+from tests.helpers.asking import load
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import LARGEST, Reference, cosine, relative_error
 from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.app.extract import extract
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, select
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.engine.scheduler import extract
 from vqa_embeddings.layers.device import find_device
 from vqa_embeddings.models.phi4mm.model import Phi4
 
@@ -108,12 +108,16 @@ def _chosen(rows: int) -> Table:
 
 def _by_program(folder: Path, device: str, dtype: str, rows: int) -> Vectors:
     model, asked = Phi4(*load(folder, device, dtype), 1), _chosen(rows)
-    records = [one for some in extract(model, asked, range(len(asked)), PictureFolder(DATA), 8, 0) for one in some]
+    records = [
+        one
+        for some in extract(model, asked, range(len(asked)), PictureFolder(DATA), batch_size=8, workers=0)
+        for one in some
+    ]
     records.sort(key=lambda record: record.row)
     return {
         (token, layer): [getattr(record, token)[index] for record in records]
         for token in TOKENS
-        for index, layer in enumerate(model.layers)
+        for index, layer in enumerate(model.spec.layers)
     }
 
 

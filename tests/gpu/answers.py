@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,12 +16,13 @@ import torch
 from tests.benchmarks.inputs import Noting
 from tests.helpers.reference import relative_error
 from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.app.extract import extract
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
-from vqa_embeddings.engine.scheduler import Flight, extract
-from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE
+from vqa_embeddings.engine.core import Engine
+from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
+from vqa_embeddings.engine.sequence import NOT_FINITE
 from vqa_embeddings.records import Extracted, Failed
 
 NEVER = 1 << 60  # passes before a capture
@@ -42,12 +43,12 @@ def answer_all(
     model: Noting, batch_size: int | None, tokens: int, table: Table | None = None, folder: Path = DATA
 ) -> Answers:
     """Extract the shipped rows, or those of another table. Rows leave when their answers end, at `tokens` at latest."""
-    model.max_new_tokens = tokens
+    model.spec = replace(model.spec, max_new_tokens=tokens)
     model.written.clear()
     table = table or read_table(DATA / "vqa.csv")
     order = sorted(range(len(table)), key=table.images.__getitem__)  # the questions on a picture one after another
     records: list[Extracted | Failed] = []
-    for finished in extract(model, table, order, PictureFolder(folder), batch_size, workers=0):
+    for finished in extract(model, table, order, PictureFolder(folder), batch_size=batch_size, workers=0):
         records += finished
     # An answer's text is made with its record, so both are in the same order.
     found = {record.row: Answer(record, written) for record, written in zip(records, model.written, strict=True)}
@@ -130,9 +131,9 @@ class Counts:
 def counted() -> Iterator[Counts]:
     """Count what happens meanwhile."""
     counts = Counts()
-    run, capture, replay, halve = Steps.run, Steps._capture, _Captured.run, Flight._halve
+    run, capture, replay, halve = CudaGraphRunner.run, CudaGraphRunner._capture, CapturedGraph.run, Engine._halve
 
-    def counting_run(self: Steps, *given: Any) -> list[int]:
+    def counting_run(self: CudaGraphRunner, *given: Any) -> list[int]:
         before = counts.replays
         chosen = run(self, *given)
         counts.steps += 1
@@ -141,26 +142,26 @@ def counted() -> Iterator[Counts]:
             counts.not_finite = counts.not_finite or counts.last
         return chosen
 
-    def counting_capture(self: Steps, *given: Any) -> _Captured | None:
+    def counting_capture(self: CudaGraphRunner, *given: Any) -> CapturedGraph | None:
         graph = capture(self, *given)
         counts.graphs += graph is not None
         counts.failed += graph is None
         counts.astray += graph is None and is_astray()
         return graph
 
-    def counting_replay(self: _Captured, *given: Any) -> None:
+    def counting_replay(self: CapturedGraph, *given: Any) -> None:
         counts.replays += 1
         replay(self, *given)
 
-    def counting_halve(self: Flight) -> None:
-        counts.halved["work" if self._made else "the cache"] += 1
+    def counting_halve(self: Engine) -> None:
+        counts.halved["work" if self._cached else "the cache"] += 1
         halve(self)
 
     with (
-        mock.patch.object(Steps, "run", counting_run),
-        mock.patch.object(Steps, "_capture", counting_capture),
-        mock.patch.object(_Captured, "run", counting_replay),
-        mock.patch.object(Flight, "_halve", counting_halve),
+        mock.patch.object(CudaGraphRunner, "run", counting_run),
+        mock.patch.object(CudaGraphRunner, "_capture", counting_capture),
+        mock.patch.object(CapturedGraph, "run", counting_replay),
+        mock.patch.object(Engine, "_halve", counting_halve),
     ):
         yield counts
 
@@ -177,4 +178,4 @@ def eagerly() -> AbstractContextManager[object]:
 
 def captures(model: Noting) -> bool:
     """Whether steps are captured on the model's device."""
-    return Steps(model.decoder.device).captures
+    return CudaGraphRunner(model.spec.device).captures

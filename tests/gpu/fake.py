@@ -29,14 +29,15 @@ import torch
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.initialization import no_init_weights
 
-from tests.benchmarks.inputs import FULL, load, questions, write_pictures
+from tests.benchmarks.inputs import FULL, questions, write_pictures
 from tests.gpu.fake_device import FakeDevice, Operator
+from tests.helpers.asking import load
 from vqa_embeddings.app import demo
+from vqa_embeddings.app.extract import extract
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.engine.runner import Batch
-from vqa_embeddings.engine.scheduler import extract
+from vqa_embeddings.engine.runner import Runner
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers.gpu_claims import Claim
 from vqa_embeddings.models.phi4mm.model import Phi4
@@ -192,15 +193,17 @@ def run(scene: Scene) -> Report:
 def _extract(engine: Phi4, device: FakeDevice, table: Table, folder: PictureFolder, report: Report) -> None:
     scene, stages, memory = report.scene, StagesOn(device), device.memory
     weights = memory.live
-    begin = Batch.__init__
+    begin = Runner.__init__
 
-    def watched(batch: Batch, *given: Any) -> None:
+    def watched(runner: Runner, *given: Any) -> None:
         report.before_caches.append(memory.live / GIB)
         report.graphs.append(0)
-        begin(batch, *given)
+        begin(runner, *given)
 
-    with mock.patch.object(Batch, "__init__", watched):
-        for finished in extract(engine, table, range(len(table)), folder, scene.batch_size, 0, stages=stages):
+    with mock.patch.object(Runner, "__init__", watched):
+        for finished in extract(
+            engine, table, range(len(table)), folder, batch_size=scene.batch_size, workers=0, timings=stages
+        ):
             report.records += len(finished)
             report.failed += [record.message for record in finished if isinstance(record, Failed)]
             report.graphs[-1:] = [len(device.graphs) - sum(report.graphs[:-1])]

@@ -47,7 +47,7 @@ def compare(model: Noting, report: Report, what: str) -> str:
         if captures(model):
             _compare_eager(model, batch_size, found, report, what)
     apart = difference(by_size[1], by_size[0])
-    exact = model.decoder.dtype == torch.float32
+    exact = model.spec.dtype == torch.float32
     limit = SAME_IN_ANY_BATCH if exact else 0
     report.check(apart.same >= limit * apart.rows, f"{what}, batch auto against batch {BATCH_SIZES[0]}: {apart}")
     if not captures(model):
@@ -67,7 +67,7 @@ def _compare_eager(model: Noting, batch_size: int | None, found: Answers, report
 
 def _extract(model: Noting, batch_size: int | None) -> tuple[Answers, Counts, str]:
     """All rows, how the steps were taken, and how long and how much memory it took."""
-    on_gpu = model.decoder.device.type == "cuda"
+    on_gpu = model.spec.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from tests.gpu.report import Report, say
 from tests.gpu.scene import Scene
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.engine.scheduler import Flight
+from vqa_embeddings.engine.core import Engine
 
 ROWS, PICTURES, SIZE = 256, 19, (640, 480)
 ROWS_ON_CPU, PICTURES_ON_CPU = 24, 3
@@ -47,44 +47,42 @@ def profile(scene: Scene, report: Report) -> str:
     A step of all rows by a graph, and eagerly.
     """
     model = scene.load(scene.small, "bfloat16") if scene.quick else scene.full_model
-    on_cpu = model.decoder.device.type == "cpu"
+    on_cpu = model.spec.device.type == "cpu"
     rows, pictures = (ROWS_ON_CPU, PICTURES_ON_CPU) if on_cpu else (ROWS, PICTURES)
     _kernels(model, lambda: None)  # the profiler is there before a graph is captured
-    model.max_new_tokens = TOKENS
+    model.spec = replace(model.spec, max_new_tokens=TOKENS)
     with mock.patch.object(model, "_ends", frozenset()), counted() as counts:  # no answer ends
-        flight = _seated(scene, model, rows, pictures)
-        size = flight._size
-        say(f"     {len(flight._seated)} rows of {size.seats} seats on {pictures} pictures, {size.pages} pages")
-        report.check(len(flight._seated) == rows, f"{len(flight._seated)} rows sit; expected {rows}")
+        engine = _filled(scene, model, rows, pictures)
+        running, capacity = len(engine.scheduler.running), engine._runner.capacity
+        say(f"     {running} rows in {capacity.slots} slots on {pictures} pictures, {capacity.blocks} blocks")
+        report.check(running == rows, f"{running} rows run; expected {rows}")
         figures = []
         for how in ["by a graph", "eagerly"] if captures(model) else ["eagerly"]:
-            flight._batch._steps.captures = how == "by a graph"  # the shapes stay: no row leaves
-            figures.append(_step(scene, flight, model, counts, how, report))
+            engine._runner._graphs.captures = how == "by a graph"  # the shapes stay: no row leaves
+            figures.append(_step(scene, engine, model, counts, how, report))
     return "; ".join(figures)
 
 
-def _seated(scene: Scene, model: Noting, rows: int, pictures: int) -> Flight:
-    """Rows that all have their seats, and no step taken."""
+def _filled(scene: Scene, model: Noting, rows: int, pictures: int) -> Engine:
+    """Rows that are all in the batch, and no step taken."""
     names = write_pictures(scene.scratch / "pictures", pictures, SIZE)
     images = [names[row * pictures // rows] for row in range(rows)]
     groups = groupby(range(rows), images.__getitem__)
-    shown = ((list(group), model.pixels(open_picture(scene.scratch / "pictures" / name))) for name, group in groups)
-    flight = Flight(model, questions(rows), shown, rows, Timings())
+    shown = ((list(group), model.preprocess(open_picture(scene.scratch / "pictures" / name))) for name, group in groups)
+    engine = Engine(model, questions(rows), shown, rows, Timings())
     begun = time.monotonic()
-    while flight._to_come and not flight._seated:
-        flight.advance()
-    while flight._to_come and flight._wants_rows():
-        flight.advance()
-    say(f"     pictures read and rows seated: {time.monotonic() - begun:.1f} s")
-    return flight
+    while len(engine.scheduler.running) < rows:
+        engine.advance()
+    say(f"     pictures read and rows prefilled: {time.monotonic() - begun:.1f} s")
+    return engine
 
 
-def _step(scene: Scene, flight: Flight, model: Noting, counts: Counts, how: str, report: Report) -> str:
+def _step(scene: Scene, engine: Engine, model: Noting, counts: Counts, how: str, report: Report) -> str:
     """One step, timed by itself and then under the profiler."""
     seconds = []
     for _ in range(MOST_TRIES):
         begun = time.perf_counter()
-        flight.advance()
+        engine.advance()
         if counts.last == how:
             seconds.append(time.perf_counter() - begun)
         if len(seconds) > TIMED_STEPS:
@@ -92,7 +90,7 @@ def _step(scene: Scene, flight: Flight, model: Noting, counts: Counts, how: str,
     report.check(bool(seconds), f"{len(seconds)} steps taken {how}; expected {TIMED_STEPS + 1}; {counts}")
     found: list[Kernel] = []
     for _ in range(MOST_TRIES):
-        found = _kernels(model, flight.advance)
+        found = _kernels(model, engine.advance)
         if counts.last == how:
             break
     wall, all_of_them = statistics.median(seconds or [0.0]), sum(kernel.seconds for kernel in found)
@@ -111,7 +109,7 @@ def _step(scene: Scene, flight: Flight, model: Noting, counts: Counts, how: str,
 
 def _kernels(model: Noting, work: Callable[[], Any]) -> list[Kernel]:
     """The kernels of some work, the costliest first; on a CPU, torch's operations."""
-    on_gpu = model.decoder.device.type == "cuda"
+    on_gpu = model.spec.device.type == "cuda"
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         work()
         if on_gpu:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.gpu.answers import Answers, Noting, answer_all, counted, difference, is_astray
 from tests.gpu.report import Report, Skipped, say
 from tests.gpu.scene import Scene
-from vqa_embeddings.engine.cuda_graphs import Step
-from vqa_embeddings.engine.runner import Batch
+from vqa_embeddings.engine.cuda_graphs import DecodeInputs
+from vqa_embeddings.engine.runner import Runner
 from vqa_embeddings.records import Failed
 
 TOKENS = 24  # few, so that no tie falls to the other side in a smaller batch
@@ -51,7 +51,7 @@ def failed_captures(scene: Scene, report: Report) -> str:
         raise Skipped("a CPU has no captures")
     model = scene.load(scene.small, "float32")
     figures = _fail_captures(scene, model, report)
-    drawn = torch.rand(1, device=model.decoder.device).item()  # a capture that fails may leave the generator captured
+    drawn = torch.rand(1, device=model.spec.device).item()  # a capture that fails may leave the generator captured
     say(f"     random numbers can still be drawn: {drawn:.3f}")
     return figures
 
@@ -132,43 +132,43 @@ def _capped(scene: Scene, room: int) -> Iterator[None]:
 
 
 @contextmanager
-def _advancing(beside: Callable[[Step], None] | None) -> Iterator[None]:
+def _advancing(beside: Callable[[DecodeInputs], None] | None) -> Iterator[None]:
     """Let every step do something more."""
-    advance = Batch._advance
+    advance = Runner._advance
 
-    def advancing(self: Batch, step: Step, width: int) -> None:
-        advance(self, step, width)
+    def advancing(self: Runner, inputs: DecodeInputs, width: int) -> None:
+        advance(self, inputs, width)
         if beside:
-            beside(step)
+            beside(inputs)
 
-    with mock.patch.object(Batch, "_advance", advancing):
+    with mock.patch.object(Runner, "_advance", advancing):
         yield
 
 
-def _greedy(room: int) -> Callable[[Step], None]:
-    def take(step: Step) -> None:
-        if len(step.newest) > FEW:
-            _take(room, step.newest)
+def _greedy(room: int) -> Callable[[DecodeInputs], None]:
+    def take(inputs: DecodeInputs) -> None:
+        if len(inputs.tokens) > FEW:
+            _take(room, inputs.tokens)
 
     return take
 
 
-def _once_in_a_capture(fault: Callable[[Step], None]) -> Callable[[Step], None]:
+def _once_in_a_capture(fault: Callable[[DecodeInputs], None]) -> Callable[[DecodeInputs], None]:
     left = [fault]
 
-    def fail(step: Step) -> None:
+    def fail(inputs: DecodeInputs) -> None:
         if left and torch.cuda.is_current_stream_capturing():
-            left.pop()(step)
+            left.pop()(inputs)
 
     return fail
 
 
-def _wait(step: Step) -> None:
-    step.kept.sum().item()
+def _wait(inputs: DecodeInputs) -> None:
+    inputs.num_keys.sum().item()
 
 
-def _run_out(step: Step) -> None:
-    _take(2 * CAPTURE_ROOM, step.newest)
+def _run_out(inputs: DecodeInputs) -> None:
+    _take(2 * CAPTURE_ROOM, inputs.tokens)
 
 
 def _take(count: int, beside: Tensor) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 from unittest import mock
 
 import torch
@@ -24,14 +23,16 @@ from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import NonFiniteValues
-from vqa_embeddings.models.phi4mm.decoder import Decoder
+from vqa_embeddings.layers.kv_cache import KVCache
+from vqa_embeddings.models.base import ForwardInputs
+from vqa_embeddings.models.phi4mm.decoder import GROUP, Decoder
 from vqa_embeddings.records import Failed
 
 BATCH_SIZE, TOKENS = 5, 60
 SHORTEST = 8  # tokens of the row's answer: the steps before are for a graph to be captured
 MOST_TRIES = 6  # until the NaN comes up in a step by a graph
 
-Mark = tuple[int, int, int]  # what tells a step of a row: keys of its picture, keys in its seat, the token that is read
+Mark = tuple[int, int, int]  # what tells a step of a row: keys of its picture, keys in its slot, the token that is read
 
 
 def not_finite(scene: Scene, report: Report) -> str:
@@ -63,7 +64,7 @@ def _try(model: Noting, dtype: str, report: Report) -> str:
 
 
 def _choices(model: Noting, answers: Answers) -> Iterator[tuple[int, Mark]]:
-    """Rows and the mark of their last step, which no other step has; those that leave first come first."""
+    """Rows and the mark of their last step, which no other step has; those that finish first come first."""
     marks = _marks(model, answers)
     times = Counter(mark for row in marks.values() for mark in row)
     for row, answer in answers.items():
@@ -76,27 +77,28 @@ def _marks(model: Noting, answers: Answers) -> dict[int, list[Mark]]:
     table, marks = read_table(DATA / "vqa.csv"), {}
     lengths = {name: _picture_keys(model, name) for name in dict.fromkeys(table.images)}
     for row, answer in answers.items():
-        keys = enumerate(answer.tokens[:-1], len(model.question(table.questions[row])))
+        keys = enumerate(answer.tokens[:-1], len(model.tokenize(table.questions[row])))
         marks[row] = [(lengths[table.images[row]], kept, token) for kept, token in keys]
     return marks
 
 
 def _picture_keys(model: Noting, name: str) -> int:
     """How many keys a picture's part of the prompt has: one placeholder stands for all its tokens."""
-    return len(model._head) - 1 + model.pixels(open_picture(DATA / name)).tokens
+    return len(model._head) - 1 + model.preprocess(open_picture(DATA / name)).tokens
 
 
 @contextmanager
 def _poisoned(decoder: Decoder, mark: Mark) -> Iterator[None]:
     """Let the row of this mark read NaN in place of its token."""
-    read_rows, embed = decoder.read_rows, decoder.embed
+    forward, embed = decoder.forward, decoder.embed
     hit: list[Tensor] = []  # bool [rows], while rows are read
 
-    def marking(cache: Any, company: Any, pages: Any, first: int, tokens: Tensor, starts: Tensor, *rest: Any) -> Any:
+    def marking(kv: KVCache, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
         length, kept, token = mark
-        hit.append((company.length == length) & (starts == kept) & (tokens[:, 0] == token))
+        on_picture = inputs.sharing[GROUP].length == length
+        hit.append(on_picture & (inputs.starts == kept) & (inputs.tokens[:, 0] == token))
         try:
-            return read_rows(cache, company, pages, first, tokens, starts, *rest)
+            return forward(kv, inputs)
         finally:
             hit.pop()
 
@@ -104,5 +106,5 @@ def _poisoned(decoder: Decoder, mark: Mark) -> Iterator[None]:
         read = embed(tokens)
         return read.masked_fill(hit[-1][:, None, None], torch.nan) if hit else read
 
-    with mock.patch.object(decoder, "read_rows", marking), mock.patch.object(decoder, "embed", poisoning):
+    with mock.patch.object(decoder, "forward", marking), mock.patch.object(decoder, "embed", poisoning):
         yield

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vqa_embeddings.engine.cuda_graphs import Steps
+from vqa_embeddings.engine.cuda_graphs import CudaGraphRunner
 
 
 class Recorded(TorchDispatchMode):
@@ -84,11 +84,11 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def recorded_graphs() -> Iterator[list[Recorded]]:
-    """Steps by recorded graphs until the end of the block; the graphs that were captured."""
+    """CudaGraphRunner by recorded graphs until the end of the block; the graphs that were captured."""
     graphs: list[Recorded] = []
-    begin = Steps.__init__
+    begin = CudaGraphRunner.__init__
 
-    def begin_capturing(self: Steps, *given: Any) -> None:
+    def begin_capturing(self: CudaGraphRunner, *given: Any) -> None:
         begin(self, *given)
         self.captures = True
 
@@ -100,5 +100,5 @@ def recorded_graphs() -> Iterator[list[Recorded]]:
         graphs.append(graph)
 
     stand_ins = {"CUDAGraph": Recorded, "graph": capture, "set_device": lambda device: None}
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(Steps, "__init__", begin_capturing):
+    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(CudaGraphRunner, "__init__", begin_capturing):
         yield graphs

@@ -146,11 +146,11 @@ def test_rows_that_failed_on_pictures_cut_off_are_tried_again_in_the_same_folder
 
 def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted]:
     """The first row, its picture opened by a decode process."""
-    from vqa_embeddings.engine.scheduler import extract
+    from vqa_embeddings.app.extract import extract
     from vqa_embeddings.models.phi4mm.model import Phi4
     from vqa_embeddings.models.phi4mm.weights import load_model
 
     found = find_checkpoint(str(checkpoint), None, checkpoint)
     engine = Phi4(*load_model(found, "cpu", "float32", "sdpa", "merged"), 3)
-    records = extract(engine, table, [0], PictureFolder(images), None, 1, decode_options=SHOW)
+    records = extract(engine, table, [0], PictureFolder(images), batch_size=None, workers=1, decode_options=SHOW)
     return [record for some in records for record in some]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.runs import random_run
+from vqa_embeddings.app.extract import _by_picture
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.engine.scheduler import _by_picture
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.store.run import check_run, claim_run, keep_rows
 

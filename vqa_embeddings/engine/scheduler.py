@@ -1,445 +1,290 @@
-"""From rows to records: pictures once each, their questions in full batches whatever their picture."""
+"""Decides what is done next: which pictures are taken, which rows enter the batch, when it is full, what to do when
+memory runs out. It computes nothing and holds no tensor of its own; the `Engine` does what it decides, and tells it.
+
+    waiting -> ready (its picture's keys are in the cache) -> running (in a slot of the batch) -> finished
+"""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import groupby
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
+from vqa_embeddings.engine.capacity import CapacityRequest
+from vqa_embeddings.engine.sequence import ImageEntry, Sequence
+from vqa_embeddings.layers.kv_cache import BlockPool, Capacity, Prefix, count_blocks
 
-from vqa_embeddings.base.timings import Timings
-from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.data.decode_options import DecodeOptions
-from vqa_embeddings.data.decode_pool import DecodePool
-from vqa_embeddings.data.picture_folder import PictureFolder
-from vqa_embeddings.data.read_ahead import read_ahead
-from vqa_embeddings.data.table import Table
-from vqa_embeddings.engine.runner import Batch, Seated, size_cache
-from vqa_embeddings.errors import NonFiniteValues, QuestionEmpty, RowError, StorageError
-from vqa_embeddings.layers.device import is_out_of_memory
-from vqa_embeddings.layers.kv_cache import CacheSize, Prefix
-from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE
-from vqa_embeddings.models.phi4mm.model import Phi4, Picture
-from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, Pixels
-from vqa_embeddings.records import Extracted, Failed
-
-Record = Extracted | Failed
-
-GRACE_SECONDS = 10.0  # for the rows under way, after a request to stop; schedulers mostly kill after 30 or 60
-OTHER_FORMAT = "try --dtype bfloat16 or float32 in another --output-dir"
-OTHER_WEIGHTS = "check the weights of --model"  # where it was not float16: the other formats reach equally far
-NO_QUESTION = (
-    "the row has no question, or only white space; expected text, leave the row out, or write its question and "
-    "extract into another --output-dir"
-)
-USUAL_QUESTION = 256  # tokens of a row's own that its seat has room for beside the answer; longer ones are rare
+USUAL_QUESTION = 256  # tokens of a row's own that its slot has room for beside the answer; longer ones are rare
 
 
-def extract(
-    model: Phi4,
-    table: Table,
-    rows: Sequence[int] | np.ndarray,
-    folder: PictureFolder,
-    batch_size: int | None,
-    workers: int,
-    stopping: Callable[[], bool] = lambda: False,
-    stages: Timings | None = None,
-    decode_options: DecodeOptions | None = None,
-) -> Iterator[list[Record]]:
-    """The records of `rows`, some at a time. What a row comes to does not depend on its company.
+@dataclass(frozen=True)
+class MakeCache:
+    """Free the cache that there is, and make another one."""
 
-    Args:
-        rows: positions in the table, the questions on one picture one after another.
-        batch_size: how many rows are answered together; None leaves it to the free memory.
-        workers: how many threads read pictures ahead of the model.
-        stopping: once it is true, no row is begun any more, and those under way have GRACE_SECONDS to end; what would
-            have to begin again, for want of memory or under the long rotary factors, is left to another run.
-        stages: takes the time of what is done.
-        decode_options: what is taken for a picture.
-    Yields:
-        The records that one unit of work has finished, often none.
-    Raises:
-        StorageError: the pictures have gone; after the records of those that had been read.
-    """
-    open_ = DecodePool(decode_options) if workers else partial(open_picture, decode_options=decode_options)
-
-    def prepare(group: tuple[str | None, list[int]]) -> Pixels:
-        if group[0] is None:
-            raise QuestionEmpty(NO_QUESTION)
-        return model.pixels(folder.read(group[0], open_))
-
-    failures: list[StorageError] = []
-
-    def read() -> Iterator[tuple[list[int], Pixels | RowError]]:
-        try:
-            for group, found in read_ahead(_by_picture(table, rows), prepare, workers, stopping):
-                yield group[1], found
-        except StorageError as failure:  # there are no more pictures; those that were read are worked off first
-            failures.append(failure)
-
-    flight = Flight(model, table.questions, read(), batch_size, stages or Timings())
-    deadline: float | None = None
-    while not flight.over:
-        if stopping():
-            deadline = deadline or time.monotonic() + GRACE_SECONDS
-            if not flight.under_way or time.monotonic() > deadline:
-                return
-        yield flight.advance(begin=deadline is None)
-    if failures:
-        raise failures[0]
+    request: CapacityRequest
 
 
-@dataclass(eq=False)
-class _Shown:
-    """A picture whose rows are not all done; dictionaries by whether under the long rotary factors."""
+@dataclass(frozen=True)
+class TakeImages:
+    """Take the next pictures, until they have so many rows, or so many patches together."""
 
-    picture: Picture
-    left: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})  # rows that are not done
-    cached: dict[bool, tuple[Prefix, Tensor]] = field(default_factory=dict)  # with the states at its last token
-    # On the host, from when its first rows sit down:
-    vision_token: dict[bool, np.ndarray] = field(default_factory=dict)  # those states, float32 [layers, hidden]
-    vision_only: np.ndarray | None = None  # float32 [vision]
+    rows: int
 
 
-@dataclass(eq=False)
-class _Row:
-    """A row under way."""
+@dataclass(frozen=True)
+class EncodeImages:
+    """Run the vision tower over pictures that were taken."""
 
-    row: int
-    shown: _Shown
-    question: list[int]
-    long: bool
-    written: list[int] = field(default_factory=list)
-    seat: Seated | None = None
-    vision_token: np.ndarray | None = None  # float32 [layers, hidden], of its picture under its prompt's factors
-    query_token: np.ndarray | None = None  # float32 [layers, hidden]
+    images: Listed[TakenImage]
 
 
-class Flight:
-    """The rows under way, from the picture to the record, in units of work between which a run can stop.
+@dataclass(frozen=True)
+class PrefillImage:
+    """Put the keys and values of a picture into blocks of the cache."""
+
+    entry: ImageEntry
+    rope_variant: int
+    blocks: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Read the questions of rows, from this slot on, and choose the first token of each answer."""
+
+    sequences: Listed[Sequence]
+    first_slot: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Choose the next token of every running row."""
+
+    sequences: Listed[Sequence]
+
+
+Work = MakeCache | TakeImages | EncodeImages | PrefillImage | Prefill | Decode
+
+
+class TakenImage(NamedTuple):
+    """A picture, and the rows that are about it."""
+
+    rows: list[int]
+    pixels: Any
+
+
+class Move(NamedTuple):
+    """A row moves to another slot, with so many keys."""
+
+    source: int
+    target: int
+    width: int
+
+
+class Scheduler:
+    """The rows under way, and what is to be done about them.
 
     Args:
-        questions: of the table, by row.
-        pictures: for each picture its rows, and its pixels or why there are none.
+        max_new_tokens: of an answer.
         batch_size: rows in the batch; None leaves it to the free memory.
     """
 
-    def __init__(
-        self,
-        model: Phi4,
-        questions: Sequence[str],
-        pictures: Iterator[tuple[list[int], Pixels | RowError]],
-        batch_size: int | None,
-        stages: Timings,
-    ) -> None:
-        self._model = model
-        self._questions = questions
-        self._pictures: Iterator[tuple[list[int], Pixels | RowError]] | None = pictures
-        # The most rows in the batch, by whether it is one for wide rows; None leaves it to the memory.
-        self._most: dict[bool, int | None] = {False: batch_size, True: batch_size}
-        self._share = {False: 1.0, True: 1.0}  # of the memory that such a batch usually takes
-        self._stages = stages
-        self._taken: list[tuple[list[int], Pixels]] = []  # that the vision tower is to see next
-        self._waiting: deque[_Row] = deque()  # their pictures seen, in the order in which they sit down
-        self._ready: list[_Row] = []  # the first of them, their pictures in the cache too
-        self._seated: list[_Row] = []
+    def __init__(self, max_new_tokens: int, batch_size: int | None) -> None:
+        self.taken: list[TakenImage] = []  # that the vision tower is to see next
+        self.waiting: deque[Sequence] = deque()  # in the order in which they enter the batch
+        self.ready: list[Sequence] = []  # the first of them, their pictures in the cache
+        self.running: list[Sequence] = []  # by slot, without gaps
+        self.capacity: Capacity | None = None  # of the cache; None where there is none
+        self._images_to_come = True
+        self._max_new_tokens = max_new_tokens
+        self._pools: dict[str, BlockPool] = {}
         self._filling = True
-        self._wide = False  # whether the batch is one for wide rows
-        self._size = self._find_size()  # of the batch
-        self._made: Batch | None = None  # the batch; none at first, and while its memory is to be found
+        # By whether the batch is one for rows with long questions: the most rows in it, and the share of the memory
+        # that it takes, of what is usually taken.
+        self._most = {False: batch_size, True: batch_size}
+        self._share = {False: 1.0, True: 1.0}
+        self._is_wide = False  # whether this batch is one of those
 
     @property
-    def under_way(self) -> bool:
-        """Whether rows are seated."""
-        return bool(self._seated)
-
-    @property
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         """Whether there is nothing left to do."""
-        return not (self._seated or self._to_come)
+        return not (self.running or self._has_more)
 
     @property
-    def _to_come(self) -> bool:
-        return bool(self._ready or self._waiting or self._taken or self._pictures)
+    def can_halve(self) -> bool:
+        """Whether a lack of memory can be met by fewer rows at a time."""
+        return self.capacity is not None and self.capacity.slots > 1
 
-    @torch.inference_mode()
-    def advance(self, begin: bool = True) -> list[Record]:
-        """Do one unit of work: take pictures, see them, read one into the cache, seat rows, or take one step with all.
+    @property
+    def _has_more(self) -> bool:
+        return bool(self.ready or self.waiting or self.taken or self._images_to_come)
+
+    def schedule(self, begin: bool = True) -> Work:
+        """The next unit of work. There must be something left to do.
 
         Args:
             begin: whether further rows may be begun.
-        Returns:
-            The records of the rows that it finished.
         """
-        try:
-            if self._made is None:
-                self._made = Batch(self._model.decoder, self._size)
-                return []
-            return self._refill() if begin and self._wants_rows() else self._step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or self._size.seats == 1:
-                raise
-        self._halve()  # here, where the error no longer holds on to the memory
-        return []
+        if self.capacity is None:
+            return MakeCache(self._request())
+        if not (begin and self._wants_rows()):
+            return Decode(self.running)
+        if self.taken:
+            return EncodeImages(self.taken)
+        while free := self._free_slots - len(self.ready):
+            if not self.waiting and self._images_to_come:
+                return TakeImages(free)
+            if not self.waiting or not self._fits(self.waiting[0]):
+                break
+            sequence = self.waiting[0]
+            if sequence.rope_variant not in sequence.entry.prefixes:
+                blocks = self._allocate(sequence.entry.image.prefix_lengths)
+                if blocks is None:
+                    break
+                return PrefillImage(sequence.entry, sequence.rope_variant, blocks)
+            self.ready.append(self.waiting.popleft())
+        if self.ready:
+            return Prefill(self.ready, len(self.running))
+        if self.running:  # the next row has to wait until others have finished
+            self._filling = False
+            return Decode(self.running)
+        self._drop_cache()
+        return MakeCache(self._request())
+
+    # What has been done ---------------------------------------------------------------------------------------------
+
+    def on_cache(self, capacity: Capacity) -> None:
+        """A cache is about to be made."""
+        self.capacity = capacity
+        self._pools = {name: BlockPool(count) for name, count in capacity.blocks.items()}
+
+    def on_images(self, taken: Iterable[TakenImage], more: bool) -> None:
+        """Pictures were taken; whether there may be more."""
+        self.taken += taken
+        self._images_to_come = more
+
+    def on_encoded(self, sequences: Iterable[Sequence]) -> None:
+        """The pictures that were taken are encoded, and these rows ask about them."""
+        self.taken = []
+        for sequence in sequences:
+            sequence.entry.users[sequence.rope_variant] += 1
+            self.waiting.append(sequence)
+
+    def on_image_prefilled(self, work: PrefillImage) -> None:
+        """A picture's keys are in the cache."""
+        work.entry.prefixes[work.rope_variant] = {
+            name: Prefix(blocks, work.entry.image.prefix_lengths[name], work.rope_variant)
+            for name, blocks in work.blocks.items()
+        }
+
+    def on_prefilled(self) -> None:
+        """The rows that were ready are in the batch."""
+        for slot, sequence in enumerate(self.ready, start=len(self.running)):
+            sequence.slot = slot
+        self.running += self.ready
+        self.ready = []
+
+    def on_finished(self, finished: Listed[Sequence]) -> list[Move]:
+        """Running rows have finished.
+
+        Returns:
+            The moves, one after another, by which the last rows of the batch take the slots that became free.
+        """
+        moves = []
+        # From the last slot on: then no row moves that is about to leave itself.
+        for sequence in sorted(finished, key=lambda one: one.slot or 0, reverse=True):
+            slot, last = sequence.slot, self.running.pop()
+            assert slot is not None
+            if last is not sequence:
+                # As far as the finished row had come, too: what it left behind need not be finite.
+                moves.append(Move(len(self.running), slot, max(last.written, sequence.written)))
+                self.running[slot], last.slot = last, slot
+            sequence.slot = None
+            self._release(sequence.entry, sequence.rope_variant)
+        return moves
+
+    def on_restart(self, sequence: Sequence, rope_variant: int) -> None:
+        """A row that has finished under its rotary factors begins again under others, before all that wait."""
+        sequence.rope_variant = rope_variant
+        sequence.entry.users[rope_variant] += 1
+        self.waiting.appendleft(sequence)
+
+    def on_out_of_memory(self) -> str:
+        """Halve the batch; the rows in it begin again where they are.
+
+        Returns:
+            What the user should know.
+        """
+        assert self.capacity is not None
+        most = self._most[self._is_wide] = self.capacity.slots // 2
+        self._share[self._is_wide] /= 2
+        self.waiting.extendleft(reversed(self.running + self.ready))
+        self.running, self.ready = [], []
+        self._drop_cache()
+        rows = "rows with long questions" if self._is_wide else "rows"
+        return f"memory ran out: {most} {rows} at most are answered together from then on"
+
+    # Decisions ------------------------------------------------------------------------------------------------------
 
     @property
-    def _batch(self) -> Batch:
-        assert self._made is not None
-        return self._made
+    def _free_slots(self) -> int:
+        assert self.capacity is not None
+        return self.capacity.slots - len(self.running)
 
     def _wants_rows(self) -> bool:
-        """Rows sit down many at a time: a GPU takes as long for a few questions as for many."""
-        if not self._to_come:
+        """Rows enter many at a time: a GPU takes as long for a few questions as for many."""
+        assert self.capacity is not None
+        if not self._has_more:
             return False
-        free, seats = self._batch.free, self._size.seats
-        self._filling = not self._seated or (free > 0 if self._filling else free >= max(1, seats // 4))
+        enough = 1 if self._filling else max(1, self.capacity.slots // 4)
+        self._filling = not self.running or self._free_slots >= enough
         return self._filling
 
-    def _refill(self) -> list[Record]:
-        """The next unit of work on the way to a full batch."""
-        free = self._batch.free - len(self._ready)
-        if self._taken:
-            return self._see()
-        if free and not self._waiting and self._pictures:
-            return self._take_pictures(free)
-        if free and self._waiting and self._make_ready(self._waiting[0]):
-            self._ready.append(self._waiting.popleft())
-            return []
-        if self._ready:
-            return self._sit_down()
-        if self._seated:  # the next row has to wait until others have left
-            self._filling = False
-            return self._step()
-        self._resize()
-        return []
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a row belongs into this batch: few rows fit into a wide one, which is for wide rows alone."""
+        assert self.capacity is not None
+        width = self._width(sequence)
+        return width <= self.capacity.width and (width > self._usual_width) == self._is_wide
 
-    def _take_pictures(self, free: int) -> list[Record]:
-        """Take the next pictures, as many as the free seats and one pass of the vision tower have room for."""
-        assert self._pictures is not None
-        records: list[Record] = []
-        limit = PATCHES_AT_ONCE[self._model.decoder.device.type]
-        patches = 0
-        while sum(len(rows) for rows, _ in self._taken) < free and patches < limit:
-            with self._stages("waiting for pictures"):
-                found = next(self._pictures, None)
-            if found is None:
-                self._pictures = None
-                break
-            rows, pixels = found
-            if isinstance(pixels, RowError):
-                records += [_failed(row, pixels) for row in rows]
-            else:
-                self._taken.append((rows, pixels))
-                patches += pixels.patches
-        return records
-
-    def _see(self) -> list[Record]:
-        """Run the vision tower over the pictures that were taken. Returns the rows whose prompt is too long."""
-        with self._stages("vision"):
-            pictures = self._model.pictures([pixels for _, pixels in self._taken])
-        records: list[Record] = []
-        with self._stages("records"):
-            for (rows, _), picture in zip(self._taken, pictures, strict=True):
-                records += self._expect(rows, _Shown(picture))
-        self._taken = []
-        return records
-
-    def _expect(self, rows: Sequence[int], shown: _Shown) -> list[Record]:
-        """Put the rows of a picture among those that wait. Returns those whose prompt is too long."""
-        records: list[Record] = []
-        for row in rows:
-            question = self._model.question(self._questions[row])
-            try:
-                long = self._model.is_long(shown.picture, question)
-            except RowError as failure:
-                records.append(_failed(row, failure))
-                continue
-            shown.left[long] += 1
-            self._waiting.append(_Row(row, shown, question, long))
-        return records
-
-    def _make_ready(self, row: _Row) -> bool:
-        """See to it that the row's picture is in the cache. False where the row, or its picture, has no room now."""
-        width = self._width(row)
-        if width > self._size.width or (width > self._usual_width) != self._wide:
-            return False  # few rows fit into a wide batch, which is for wide ones alone
-        if row.long not in row.shown.cached:
-            with self._stages("prefix"):
-                cached = self._batch.read_picture(row.shown.picture.embeddings, row.long)
-            if cached is None:
-                return False
-            row.shown.cached[row.long] = cached
-        return True
-
-    def _sit_down(self) -> list[Record]:
-        """Seat the rows that are ready: their states at the last prompt token, and the first token of each answer."""
-        rows, self._ready = self._ready, []
-        for row in rows:
-            row.seat = Seated(row.shown.cached[row.long][0], [*row.question, *row.written])
-        self._seated += rows
-        with self._stages("questions"):
-            self._read_questions(rows, [row.seat for row in rows if row.seat])
-        for row in rows:
-            if row.query_token is None and row.seat:  # not of a row that begins anew: its prompt had ended before
-                row.query_token, row.vision_token = row.seat.states, row.shown.vision_token[row.long]
-        return self._take_tokens(rows)
-
-    def _read_questions(self, rows: Sequence[_Row], seats: Sequence[Seated]) -> None:
-        """Read the questions, and bring to the host what is stored of the pictures that rows sit down on first."""
-        new = {(id(row.shown), row.long): row.shown for row in rows if row.long not in row.shown.vision_token}
-        stored = [(shown.cached[long][1], shown.picture.vision_only) for (_, long), shown in new.items()]
-        found = iter(self._batch.seat(seats, [tensor for pair in stored for tensor in pair]))
-        for (_, long), shown in new.items():
-            shown.vision_token[long], shown.vision_only = next(found), next(found)
-
-    def _step(self) -> list[Record]:
-        """Choose the next token of every seated row."""
-        with self._stages("decoding"):
-            self._batch.step()
-            self._stages.notes.update(self._batch.take_notes())
-        return self._take_tokens(self._seated)
-
-    def _take_tokens(self, rows: Sequence[_Row]) -> list[Record]:
-        """Write down what was chosen, and let the rows go whose answers are over."""
-        records, leaving = [], []
-        with self._stages("records"):
-            for row in rows:
-                assert row.seat is not None
-                row.written.append(row.seat.newest)
-                if self._goes_on(row):
-                    continue
-                leaving.append(row)
-                if not self._begins_anew(row):
-                    records.append(self._record(row))
-            if leaving:
-                self._let_go(leaving)
-        return records
-
-    def _let_go(self, leaving: Sequence[_Row]) -> None:
-        self._batch.leave([row.seat for row in leaving if row.seat])
-        gone = set(map(id, leaving))
-        self._seated = [row for row in self._seated if id(row) not in gone]
-        for row in leaving:
-            row.seat, shown = None, row.shown
-            shown.left[row.long] -= 1
-            if not shown.left[row.long]:
-                self._batch.forget_picture(shown.cached.pop(row.long)[0])
-            if self._begins_anew(row):
-                row.long = True
-                shown.left[True] += 1
-                self._waiting.appendleft(row)
-
-    def _goes_on(self, row: _Row) -> bool:
-        assert row.seat is not None
-        prompt = row.seat.prefix.length + len(row.question)
-        return row.written[-1] != NOT_FINITE and not self._model.is_over(prompt, row.written, row.long)
-
-    def _begins_anew(self, row: _Row) -> bool:
-        return row.written[-1] != NOT_FINITE and self._model.must_begin_anew(row.written, row.long)
-
-    def _record(self, row: _Row) -> Record:
-        vision_only = row.shown.vision_only
-        assert vision_only is not None and row.vision_token is not None and row.query_token is not None
-        written = [token for token in row.written if token != NOT_FINITE]  # which only the last can be
-        vectors = vision_only, row.vision_token, row.query_token, row.shown.picture.pixel_mean
-        text, truncated = self._model.text(written), row.shown.picture.truncated
-        remedy = OTHER_FORMAT if self._model.decoder.dtype == torch.float16 else OTHER_WEIGHTS
-        record = checked(Extracted(row.row, *vectors, text, truncated), self._model.layers, remedy)
-        if isinstance(record, Failed) or len(written) == len(row.written):
-            return record
-        return _failed(
-            row.row,
-            NonFiniteValues(
-                f"the logits of token {len(row.written)} of the answer are NaN or infinite; expected finite ones, "
-                f"{remedy}"
-            ),
-        )
-
-    def _width(self, row: _Row) -> int:
-        """Keys that a row needs a seat for."""
-        return len(row.question) + self._model.max_new_tokens
+    def _width(self, sequence: Sequence) -> int:
+        """Keys that a row needs a slot for."""
+        return len(sequence.question) + self._max_new_tokens
 
     @property
     def _usual_width(self) -> int:
-        return USUAL_QUESTION + self._model.max_new_tokens
+        return USUAL_QUESTION + self._max_new_tokens
 
-    def _find_size(self) -> CacheSize:
-        """The size of a batch whose seats take the next row, where one waits, and whose pages take its picture."""
-        decoder, width, keys = self._model.decoder, self._usual_width, 0
-        if self._waiting:
-            row = self._waiting[0]
-            width, keys = max(width, self._width(row)), len(row.shown.picture.embeddings)
-        self._wide = width > self._usual_width
-        most = self._most[self._wide]
-        seats = None if self._wide else most  # of wide rows, as many as the memory takes
-        size = size_cache(decoder.device, decoder.key_bytes, width, keys, seats, self._share[self._wide])
-        return replace(size, seats=min(size.seats, most or size.seats))
+    def _request(self) -> CapacityRequest:
+        """A batch whose slots take the next row, where one waits, and whose blocks take its picture."""
+        width, prefix = self._usual_width, {}
+        if self.waiting:
+            width = max(width, self._width(self.waiting[0]))
+            prefix = dict(self.waiting[0].entry.image.prefix_lengths)
+        self._is_wide = width > self._usual_width
+        most = self._most[self._is_wide]
+        slots = None if self._is_wide else most  # of wide rows, as many as the memory takes
+        return CapacityRequest(width, prefix, slots, most, self._share[self._is_wide])
 
-    def _halve(self) -> None:
-        """After running out of memory: half the batch, and those who sat begin again where they are."""
-        most = self._most[self._wide] = self._size.seats // 2
-        self._share[self._wide] /= 2
-        rows = "rows with long questions" if self._wide else "rows"
-        self._stages.notes[f"memory ran out: {most} {rows} at most are answered together from then on"] += 1
-        self._waiting.extendleft(reversed(self._seated + self._ready))
-        self._seated, self._ready = [], []
-        self._resize()
+    def _allocate(self, lengths: Mapping[str, int]) -> dict[str, list[int]] | None:
+        """Blocks for so many keys by group; None where there are not enough of them."""
+        counts = {name: count_blocks(length) for name, length in lengths.items()}
+        if not all(self._pools[name].has(count) for name, count in counts.items()):
+            return None
+        return {name: self._pools[name].allocate(count) for name, count in counts.items()}
 
-    def _resize(self) -> None:
-        """Forget the batch, whose memory is free afterwards; the next one has room for the next row and its picture."""
-        for row in self._waiting:
-            row.seat = None
-            row.shown.cached.clear()
-        self._made = None
-        self._size = self._find_size()
+    def _release(self, entry: ImageEntry, variant: int) -> None:
+        """One row less reads an image's keys; those that none reads any more leave the cache."""
+        entry.users[variant] -= 1
+        if not entry.users[variant]:
+            del entry.states[variant]
+            for name, prefix in entry.prefixes.pop(variant).items():
+                self._pools[name].free(prefix.blocks)
 
-
-def checked(record: Extracted, layers: Sequence[int], remedy: str = OTHER_WEIGHTS) -> Record:
-    """The record, or why it is none: values that are NaN or infinite are never stored.
-
-    Args:
-        remedy: what to do about them, as the reason has it.
-    """
-    try:
-        _check_finite("vision_only_representation", record.vision_only, remedy)
-        for index, layer in enumerate(layers):
-            _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index], remedy)
-            _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index], remedy)
-    except NonFiniteValues as failure:
-        return _failed(record.row, failure)
-    return record
-
-
-def _check_finite(name: str, vector: np.ndarray, remedy: str) -> None:
-    finite = np.isfinite(vector)
-    if not finite.all():
-        raise NonFiniteValues(
-            f"{name} holds {int((~finite).sum())} values that are NaN or infinite, of {vector.size}; expected none, "
-            f"{remedy}"
-        )
-
-
-def _by_picture(table: Table, rows: Iterable[int]) -> Iterator[tuple[str | None, list[int]]]:
-    """Each picture with its rows, made as they are asked for: a rank may have a million.
-
-    Rows without a question come before the others of their picture, and with none.
-    """
-    for name, group in groupby(map(int, rows), table.images.__getitem__):
-        empty: list[int] = []
-        asked: list[int] = []
-        for row in group:
-            (asked if table.questions[row].strip() else empty).append(row)
-        if empty:
-            yield None, empty
-        if asked:
-            yield name, asked
-
-
-def _failed(row: int, failure: RowError) -> Failed:
-    return Failed(row, type(failure).__name__, str(failure))
+    def _drop_cache(self) -> None:
+        """Forget the cache, and with it every picture's keys. All rows wait."""
+        self.capacity = None
+        for sequence in self.waiting:
+            sequence.slot = None
+            sequence.entry.prefixes.clear()
+            sequence.entry.states.clear()

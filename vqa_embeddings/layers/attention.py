@@ -1,8 +1,8 @@
-"""Attention: the library's kernels where queries and keys belong together, and our own over keys that are shared.
+"""Attention: the library's kernels within one sequence, and cascade attention over keys that rows share.
 
 Attention over several sets of keys is the mean of the attention over each, weighted by the sum of its exponentials
 (as in FlashAttention: Dao et al., 2022). So the keys of a picture are read in one place for all rows on it, and each
-row's own in another; nothing is copied together.
+row's own keys in another; nothing is copied together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vqa_embeddings.layers.kv_cache import KVPool
+from vqa_embeddings.layers.prefix_sharing import PrefixSharing
 
 
 def attend(module: Any, states: tuple[Tensor, Tensor, Tensor], causal: bool) -> Tensor:
@@ -42,50 +45,71 @@ def attend(module: Any, states: tuple[Tensor, Tensor, Tensor], causal: bool) -> 
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys, to be joined with that over the others. All float32."""
+    """Attention over some of the keys, to be merged with that over the others. All float32."""
 
-    mixed: Tensor  # [..., queries, size]: values weighted by exponentials, not yet divided
-    total: Tensor  # [..., queries, 1]: the sum of the exponentials
-    top: Tensor  # [..., queries, 1]: the score that was taken off before the exponential
+    out: Tensor  # [..., queries, size]: values weighted by exponentials, not yet divided
+    sum_exp: Tensor  # [..., queries, 1]: the sum of the exponentials
+    max: Tensor  # [..., queries, 1]: the score that was taken off before the exponential
 
 
-def attend_some(queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, scale: float) -> Partial:
+def attend_partially(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float) -> Partial:
     """Attention of each batch entry's queries over its keys, in float32 but for the number format of the input.
 
     Args:
         queries: [batch, key heads, queries, size].
-        keys, values: [batch, key heads, keys, size]; values must be finite where they are not seen, too.
-        unseen: bool, broadcast to [batch, 1, queries, keys]. An entry that sees no key gets finite nonsense.
+        keys, values: [batch, key heads, keys, size]; values must be finite where they are hidden, too.
+        hidden: bool, broadcast to [batch, 1, queries, keys]. The output for a query that sees no key means nothing,
+            and is finite.
     """
     scores = _matmul(queries, keys.transpose(2, 3)).mul_(scale)
-    scores.masked_fill_(unseen, torch.finfo(torch.float32).min)
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return Partial(_matmul(weights.to(values.dtype), values), weights.sum(dim=-1, keepdim=True), top)
+    scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    highest = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    return Partial(_matmul(weights.to(values.dtype), values), weights.sum(dim=-1, keepdim=True), highest)
 
 
-def gather(parts: Partial, index: Tensor, there: Tensor) -> Partial:
-    """Join the parts that belong together.
+def merge_partials(partials: Partial, index: Tensor, is_there: Tensor) -> Partial:
+    """Merge the partial results that belong together.
 
     Args:
-        parts: of [parts, ...].
-        index: int64 [wholes, most], the parts of each whole.
-        there: bool of the same shape, false where `index` is padding.
+        partials: of [partials, ...].
+        index: int64 [wholes, most], the partials of each whole.
+        is_there: bool of the same shape, false where `index` is padding.
     Returns:
-        Of [wholes, ...]; a whole without parts has weight 0.
+        Of [wholes, ...]; a whole without partials has weight 0.
     """
-    there = there.view(*there.shape, *[1] * (parts.top.dim() - 1))
-    tops = parts.top[index].masked_fill(~there, torch.finfo(torch.float32).min)
-    top = tops.amax(dim=1)
-    weights = (tops - top[:, None]).exp_() * there
-    return Partial((parts.mixed[index] * weights).sum(dim=1), (parts.total[index] * weights).sum(dim=1), top)
+    is_there = is_there.view(*is_there.shape, *[1] * (partials.max.dim() - 1))
+    each = partials.max[index].masked_fill(~is_there, torch.finfo(torch.float32).min)
+    highest = each.amax(dim=1)
+    weights = (each - highest[:, None]).exp_() * is_there
+    out, sum_exp = (partials.out[index] * weights).sum(dim=1), (partials.sum_exp[index] * weights).sum(dim=1)
+    return Partial(out, sum_exp, highest)
 
 
-def join(first: Partial, second: Partial) -> Tensor:
+def merge_two(first: Partial, second: Partial) -> Tensor:
     """The attention over both sets of keys, float32 [..., queries, size]."""
-    top = torch.maximum(first.top, second.top)
-    one, two = (first.top - top).exp_(), (second.top - top).exp_()
-    return (first.mixed * one + second.mixed * two) / (first.total * one + second.total * two)
+    highest = torch.maximum(first.max, second.max)
+    one, two = (first.max - highest).exp_(), (second.max - highest).exp_()
+    return (first.out * one + second.out * two) / (first.sum_exp * one + second.sum_exp * two)
+
+
+def attend_prefixes(
+    queries: Tensor, pool: KVPool, layer: int, sharing: PrefixSharing, blocks: Tensor | int, scale: float
+) -> Partial:
+    """Attention of rows over the keys of their images, which are read once for all rows on an image.
+
+    Args:
+        queries: [rows, key heads, queries, size].
+        blocks: those that `sharing` is about, as `KVPool.read_blocks` takes them.
+    Returns:
+        Of [rows, key heads, queries, ...].
+    """
+    keys, values = pool.read_blocks(layer, blocks)
+    on_image = queries[sharing.rows].transpose(1, 2).flatten(2, 3)  # [images, heads, rows on it * queries, size]
+    partials = attend_partially(on_image[sharing.image_of_block], keys, values, sharing.hidden, scale)
+    merged = merge_partials(partials, sharing.blocks, sharing.is_block)
+    shape = (len(sharing.rows), queries.shape[1], sharing.rows.shape[1], queries.shape[2], -1)
+    return Partial(*(one.view(shape)[sharing.image, :, sharing.place] for one in merged))
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from vqa_embeddings.layers.kv_cache import KVCache
+    from vqa_embeddings.layers.kv_cache import KVCache, KVGroup
+    from vqa_embeddings.layers.prefix_sharing import PrefixSharing
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,6 @@ class ModelFamily(Protocol):
         """Write a small checkpoint with random weights, for the demo and for tests."""
 
 
-class KVGroup(NamedTuple):
-    """Decoder layers that read the same sets of keys and values."""
-
-    name: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    per_row: bool  # whether a row adds keys of its own to those of its picture
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """What the engine has to know of a loaded model."""
@@ -92,6 +83,7 @@ class ModelSpec:
     attention_heads: int
     suppressed_tokens: Sequence[int]  # never chosen for an answer
     max_new_tokens: int
+    patches_at_once: int  # that go through the vision tower together, about
     device: torch.device
     dtype: torch.dtype
 
@@ -109,10 +101,24 @@ class EncodedImage:
     """What is the same for all questions on a picture."""
 
     inputs: Any  # what `prefill_image` reads
-    prefix_length: int  # tokens of the prompt up to the last image token: so many keys the picture's prefix has
+    prompt_length: int  # tokens of the prompt up to the last image token
+    prefix_lengths: Mapping[str, int]  # keys that all its rows read, by KV group
     vision_only: Tensor  # float32 [vision]
     extra: Mapping[str, np.ndarray]  # further vectors of the picture, float32 [n], by their names in a part
     truncated: bool  # it is what there is of a picture that is cut off
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """Further tokens of rows in neighbouring slots."""
+
+    sharing: Mapping[str, PrefixSharing]  # which rows share which blocks, by KV group
+    blocks: Mapping[str, Tensor | int]  # those that `sharing` is about, as `KVPool.read_blocks` takes them
+    first_slot: int  # of the first row
+    tokens: Tensor  # int64 [rows, length]; rows that have fewer are padded on the right
+    starts: Tensor  # int64 [rows], how many keys each slot holds already
+    ends: Tensor  # int64 [rows], where in `tokens` each row's last one is
+    width: int  # how many keys of the slots are read: none holds more afterwards
 
 
 class FinishReason(Enum):
@@ -127,7 +133,6 @@ class VisionLanguageModel(Protocol):
     """A loaded model."""
 
     spec: ModelSpec
-    images_at_once: int  # patches that go through the vision tower together
 
     def preprocess(self, image: Image.Image) -> Pixels:
         """What the vision tower reads; safe to call from any thread.
@@ -140,7 +145,7 @@ class VisionLanguageModel(Protocol):
         """Run the vision tower over pictures, together; each comes to what it comes to alone."""
 
     def tokenize(self, question: str) -> list[int]:
-        """The tokens of the prompt that follow the picture's."""
+        """The prompt's tokens after the last image token. Text that looks like a special token stays text."""
 
     def rope_variant(self, image: EncodedImage, tokens: Sequence[int]) -> int:
         """Under which rotary factors the prompt is read, 0 nearly always.
@@ -149,14 +154,19 @@ class VisionLanguageModel(Protocol):
             PromptTooLong: it is longer than the model's context.
         """
 
-    def prefill_image(self, image: EncodedImage, variant: int, kv: KVCache, blocks: Sequence[int]) -> Tensor:
-        """Leave the keys and values of a picture's prefix in blocks of the cache.
+    def prefill_image(
+        self, image: EncodedImage, variant: int, kv: KVCache, blocks: Mapping[str, Sequence[int]]
+    ) -> Tensor:
+        """Leave the keys and values that all rows on a picture read in blocks of the cache.
 
+        Args:
+            variant: the rotary factors.
+            blocks: as many as `prefix_lengths` needs, by KV group.
         Returns:
             float32 [layers, hidden], the states at its last token.
         """
 
-    def forward(self, kv: KVCache, inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, kv: KVCache, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
         """Read further tokens of rows, and leave their keys and values in the rows' slots.
 
         Returns:
@@ -167,8 +177,9 @@ class VisionLanguageModel(Protocol):
         """Whether an answer has ended, and why.
 
         Args:
-            prompt: tokens of the prompt.
+            prompt: tokens of the prompt, the picture's included.
             output: tokens of the answer so far, one at least.
+            variant: the rotary factors that the row is read under.
         """
 
     def detokenize(self, output: Sequence[int]) -> str:

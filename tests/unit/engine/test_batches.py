@@ -10,24 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.helpers.asking import TOLERANCE, ask, assert_equals, load
 from tests.helpers.launching import TOKENS
 from tests.helpers.reference import strict_error
 from tests.helpers.tables import table_rows
-from tests.unit.models.test_model import TOLERANCE, ask, assert_equals, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.engine import runner as batch_room
-from vqa_embeddings.engine import scheduler as extract_room
-from vqa_embeddings.engine.runner import Batch, size_cache
-from vqa_embeddings.engine.scheduler import Flight
-from vqa_embeddings.layers.attention import Partial, attend_some, gather, join
-from vqa_embeddings.layers.kv_cache import PAGE, CacheSize, Prefix, arrange
-from vqa_embeddings.models.phi4mm.model import Phi4
-from vqa_embeddings.models.phi4mm.vision import needed_patches
+from vqa_embeddings.engine import capacity, core, scheduler
+from vqa_embeddings.engine.capacity import CapacityRequest, find_capacity, round_width
+from vqa_embeddings.engine.core import Engine
+from vqa_embeddings.engine.runner import Runner, _power_of_two
+from vqa_embeddings.layers.attention import Partial, attend_partially, merge_partials, merge_two
+from vqa_embeddings.layers.kv_cache import BLOCK, Capacity, KVGroup, Prefix, count_blocks
+from vqa_embeddings.layers.prefix_sharing import share_first_blocks, share_named_blocks
+from vqa_embeddings.models.phi4mm.decoder import LONGEST_PREFIX
+from vqa_embeddings.models.phi4mm.model import PIXEL_MEAN, Phi4
+from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, needed_patches
 from vqa_embeddings.records import Extracted
 
-PAGES_OF_A_SMALLER_ONE = 3
+BLOCKS_OF_A_SMALLER_ONE = 3
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +62,17 @@ def test_every_row_equals_the_reference_at_every_batch_size_and_in_any_order(mod
 
 def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(model, by_picture, monkeypatch):
     """One question a picture: the pictures are read once each, and the steps are far fewer than the tokens."""
-    steps, seated = [], []
-    step, read = Batch.step, Batch.read_picture
-    monkeypatch.setattr(Batch, "step", lambda self: (steps.append(len({id(r.prefix) for r in self.rows})), step(self)))
-    monkeypatch.setattr(Batch, "read_picture", lambda self, *given: (seated.append(1), read(self, *given))[1])
+    steps, read = [], []
+    decode, prefill = Runner.decode, Runner.prefill_image
+
+    def noting(self, rows):
+        steps.append(len({id(row.prefix) for row in rows}))
+        return decode(self, rows)
+
+    monkeypatch.setattr(Runner, "decode", noting)
+    monkeypatch.setattr(Runner, "prefill_image", lambda self, work: (read.append(1), prefill(self, work))[1])
     list(ask_rows(model, [(name, rows[:2]) for name, rows in by_picture.items()], batch_size=4))
-    assert len(seated) == len(by_picture)
+    assert len(read) == len(by_picture)
     assert max(steps) >= 2, "no step was for rows of several pictures"
     assert len(steps) < len(by_picture) * 2 * (TOKENS - 1) / 2
 
@@ -76,15 +83,15 @@ def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(mod
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_picture, expected, monkeypatch, error):
     """As a GPU would: while seeing a picture, and wherever more than three rows are computed together."""
     failures = []
-    read_rows = model.decoder.read_rows
+    forward = model.forward
 
-    def too_many(cache, company, pages, first, tokens, *rest):
-        if len(tokens) > 3 and (tokens.shape[1] == 1 or len(failures) > 1):
-            failures.append(len(tokens))
+    def too_many(kv, inputs):
+        if len(inputs.tokens) > 3 and (inputs.tokens.shape[1] == 1 or len(failures) > 1):
+            failures.append(len(inputs.tokens))
             raise error
-        return read_rows(cache, company, pages, first, tokens, *rest)
+        return forward(kv, inputs)
 
-    seen = model.pictures
+    seen = model.encode_images
 
     def too_many_seen(pixels):
         if not failures:
@@ -92,8 +99,8 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, by_pict
             raise error
         return seen(pixels)
 
-    monkeypatch.setattr(model.decoder, "read_rows", too_many)
-    monkeypatch.setattr(model, "pictures", too_many_seen)
+    monkeypatch.setattr(model, "forward", too_many)
+    monkeypatch.setattr(model, "encode_images", too_many_seen)
     for row, found in ask_rows(model, list(by_picture.items()), 32):
         assert_equals(model, found, expected[row["question_id"]])
     assert len(failures) >= 3
@@ -103,23 +110,23 @@ def test_running_out_of_memory_with_one_row_ends_the_run(model, by_picture, monk
     def never(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model.decoder, "read_rows", never)
+    monkeypatch.setattr(model, "forward", never)
     with pytest.raises(torch.OutOfMemoryError):
         list(ask_rows(model, list(by_picture.items()), 4))
 
 
 def test_a_row_whose_values_are_not_finite_harms_no_row_beside_it_or_after_it(model, by_picture, expected, monkeypatch):
     """NaN in its keys and values, in its seat and in its picture's pages, all of which others use after it."""
-    pictures, broken = model.pictures, []
+    pictures, broken = model.encode_images, []
 
     def break_the_first(pixels):
         made = pictures(pixels)
         if not broken:
             broken.append(1)
-            made[0].embeddings[5:] = torch.nan
+            made[0].inputs[5:] = torch.nan
         return made
 
-    monkeypatch.setattr(model, "pictures", break_the_first)
+    monkeypatch.setattr(model, "encode_images", break_the_first)
     groups = list(by_picture.items())
     for index, (row, found) in enumerate(ask_rows(model, groups, 4)):
         if index < len(groups[0][1]):
@@ -130,22 +137,22 @@ def test_a_row_whose_values_are_not_finite_harms_no_row_beside_it_or_after_it(mo
 
 def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_it(model, monkeypatch):
     """A row full of NaN with a long question leaves early, and a row with a short one moves into its seat."""
-    pictures = model.pictures
+    pictures = model.encode_images
 
     def break_the_first(pixels):
         made = pictures(pixels)
-        if made[0].pixel_mean is broken.mean:
-            made[0].embeddings[5:] = torch.nan
+        if made[0].extra[PIXEL_MEAN] is broken.mean:
+            made[0].inputs[5:] = torch.nan
         return made
 
     monkeypatch.setattr(model, "_ends", {*model._ends, 0})  # what is chosen where all is NaN
-    monkeypatch.setattr(model, "pictures", break_the_first)
-    broken, picture = model.pixels(open_picture(DATA / "rocket.jpg")), open_picture(DATA / "cat.jpg")
+    monkeypatch.setattr(model, "encode_images", break_the_first)
+    broken, picture = model.preprocess(open_picture(DATA / "rocket.jpg")), open_picture(DATA / "cat.jpg")
     questions = ["Is there " + "really " * 15 + "a cat?", "Why?", "Where?", "Is it?"]
-    asked = iter([([0], broken), ([1, 2, 3], model.pixels(picture))])
-    flight, records = Flight(model, questions, asked, 4, Timings()), {}
-    while not flight.over:
-        records.update({record.row: record for record in flight.advance()})
+    asked = iter([([0], broken), ([1, 2, 3], model.preprocess(picture))])
+    engine, records = Engine(model, questions, asked, 4, Timings()), {}
+    while not engine.is_done:
+        records.update({record.row: record for record in engine.advance()})
     assert records[0].error == "NonFiniteValues"
     for row in (1, 2, 3):
         [alone] = ask(model, [(picture, [questions[row]])])
@@ -158,12 +165,12 @@ def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeyp
     wide = "Tell me " + "very " * 700 + "much about it."
     questions = ["Why?", wide, "Is there a cat in the image?", wide[:900], "Why?"]
     alone = [ask(model, [(picture, [question])])[0] for question in questions]
-    assert len(model.question(wide)) > batch_room.WIDTH_STEP + extract_room.USUAL_QUESTION + TOKENS
-    monkeypatch.setattr(batch_room, "SCORES_AT_ONCE", 1 << 18)
+    assert len(model.tokenize(wide)) > capacity.WIDTH_STEP + scheduler.USUAL_QUESTION + TOKENS
+    monkeypatch.setattr(capacity, "SCORES_AT_ONCE", 1 << 18)
     widths: list[int] = []
-    begin = Batch.__init__
+    begin = Runner.__init__
     monkeypatch.setattr(
-        Batch,
+        Runner,
         "__init__",
         lambda self, *given: widths.append(given[1].width) or begin(self, *given),
     )
@@ -179,25 +186,25 @@ def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model
     wide = "Tell me " + "very " * 700 + "much about it."
     questions = ["Why?", wide, wide, wide, "Where is it?"]
     wanted = ask(model, [(picture, questions)])
-    sizes, make = [], Batch
+    sizes, make = [], Runner
 
-    def scant(decoder, size):
+    def scant(model, size):
         sizes.append(size)
-        if size.width > 1000 and size.seats > 8:
+        if size.width > 1000 and size.slots > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return make(decoder, size)
+        return make(model, size)
 
-    monkeypatch.setattr(extract_room, "Batch", scant)
+    monkeypatch.setattr(core, "Runner", scant)
     stages = Timings()
-    flight = Flight(model, questions, iter([(list(range(5)), model.pixels(picture))]), None, stages)
+    engine = Engine(model, questions, iter([(list(range(5)), model.preprocess(picture))]), None, stages)
     found = []
-    while not flight.over:
-        found += flight.advance()
+    while not engine.is_done:
+        found += engine.advance()
     for one, two in zip(sorted(found, key=lambda record: record.row), wanted, strict=True):
         assert one.answer == two.answer
     usual, wide_ones = ([size for size in sizes if (size.width > 1000) == wide] for wide in (False, True))
-    assert len(usual) == 2 and usual[0].seats == usual[1].seats, "before and after the long ones, of the same size"
-    seats, pages = [size.seats for size in wide_ones], [size.pages for size in wide_ones]
+    assert len(usual) == 2 and usual[0].slots == usual[1].slots, "before and after the long ones, of the same size"
+    seats, pages = [size.slots for size in wide_ones], [size.blocks["self"] for size in wide_ones]
     assert seats[-1] <= 8 < seats[0] and seats == sorted(seats, reverse=True)
     assert pages[-1] < pages[0]
     assert any(f"{seats[-1]} rows with long questions at most" in note for note in stages.notes)
@@ -209,41 +216,42 @@ def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larg
     """Pages for one picture at a time, of the smaller ones."""
     sizes = []
 
-    def scant(device, key_bytes, width, keys, seats, share):
-        sizes.append(CacheSize(max(PAGES_OF_A_SMALLER_ONE, -(-keys // PAGE)), 8, width))
+    def scant(request, *_):
+        blocks = max(BLOCKS_OF_A_SMALLER_ONE, count_blocks(request.prefix.get("self", 0)))
+        sizes.append(Capacity({"self": blocks}, 8, round_width(request.width)))
         return sizes[-1]
 
-    monkeypatch.setattr(extract_room, "size_cache", scant)
+    monkeypatch.setattr(core, "find_capacity", scant)
     for row, found in ask_rows(model, list(by_picture.items()), 8):
         assert_equals(model, found, expected[row["question_id"]])
-    assert len({size.pages for size in sizes}) > 1
+    assert len({size.blocks["self"] for size in sizes}) > 1
 
 
 def test_a_run_that_is_to_stop_finishes_the_rows_under_way_and_begins_none(model, by_picture):
     name, rows = max(by_picture.items(), key=lambda group: len(group[1]))
-    pixels = model.pixels(open_picture(DATA / name))
+    pixels = model.preprocess(open_picture(DATA / name))
     pictures = iter([(list(range(len(rows))), pixels)])
-    flight = Flight(model, [row["question"] for row in rows], pictures, 4, Timings())
+    engine = Engine(model, [row["question"] for row in rows], pictures, 4, Timings())
     records = []
-    while not flight.under_way:
-        records += flight.advance()
-    while flight.under_way:
-        records += flight.advance(begin=False)
+    while not engine.is_running:
+        records += engine.advance()
+    while engine.is_running:
+        records += engine.advance(begin=False)
     assert len(records) == 4
-    assert not flight.over
+    assert not engine.is_done
 
 
 def test_pictures_of_several_sizes_are_seen_together_as_alone(model, monkeypatch):
     """Crops with and without padding, of odd and even numbers of patches, in one pass of the vision tower."""
-    monkeypatch.setitem(extract_room.PATCHES_AT_ONCE, "cpu", 1 << 20)
+    monkeypatch.setitem(PATCHES_AT_ONCE, "cpu", 1 << 20)
     noise = Image.effect_noise((900, 700), 90).convert("RGB")
     sizes = [(448, 448), (640, 480), (470, 333), (1000, 123), (60, 900), (448, 450)]
-    pixels = [model.pixels(noise.resize(size)) for size in sizes]
+    pixels = [model.preprocess(noise.resize(size)) for size in sizes]
     odd = [int(mask[:, 0].sum()) % 2 or int(mask[0].sum()) % 2 for one in pixels for mask in one.mask]
     assert any(odd)
-    for together, one in zip(model.pictures(pixels), pixels, strict=True):
-        [alone] = model.pictures([one])
-        assert torch.allclose(together.embeddings, alone.embeddings, rtol=1e-4, atol=1e-5)
+    for together, one in zip(model.encode_images(pixels), pixels, strict=True):
+        [alone] = model.encode_images([one])
+        assert torch.allclose(together.inputs, alone.inputs, rtol=1e-4, atol=1e-5)
         assert torch.allclose(together.vision_only, alone.vision_only, rtol=1e-4, atol=1e-5)
 
 
@@ -253,10 +261,10 @@ def test_what_the_vision_tower_leaves_out_nobody_reads(model, reference):
     for size in ((470, 333), (640, 480), (1000, 123), (60, 900), (455, 448)):
         picture = noise.resize(size)
         wanted = reference.row(picture, "Why?", 2)
-        assert int(needed_patches(model.pixels(picture).mask.bool()).sum()) < model.pixels(picture).mask.numel()
+        assert int(needed_patches(model.preprocess(picture).mask.bool()).sum()) < model.preprocess(picture).mask.numel()
         [found] = ask(model, [(picture, ["Why?"])])
         assert isinstance(found, Extracted)
-        assert relative_error_of(found, wanted, model.layers) < TOLERANCE
+        assert relative_error_of(found, wanted, model.spec.layers) < TOLERANCE
 
 
 def relative_difference(found: Extracted, wanted: Extracted) -> float:
@@ -287,12 +295,14 @@ def test_attention_over_parts_of_the_keys_joins_to_attention_over_all(parts, mor
         pages[:, index, :, :count] = torch.stack([keys, values])[:, 0, :, start : start + count]
         unseen[index, :, :, :count] = False
         start += count
-    each = attend_some(queries.expand(len(parts), -1, -1, -1), pages[0], pages[1], unseen, 1.0)
+    each = attend_partially(queries.expand(len(parts), -1, -1, -1), pages[0], pages[1], unseen, 1.0)
     index = torch.arange(len(parts))[None]
-    first = gather(each, torch.cat([index, index], dim=1), torch.tensor([[True] * len(parts) + [False] * len(parts)]))
+    first = merge_partials(
+        each, torch.cat([index, index], dim=1), torch.tensor([[True] * len(parts) + [False] * len(parts)])
+    )
     own = keys[:, :, start:], values[:, :, start:]
-    second = attend_some(queries, *own, torch.zeros(1, 1, 1, more, dtype=torch.bool), 1.0)
-    assert torch.allclose(join(Partial(*first), second), wanted, atol=1e-4)
+    second = attend_partially(queries, *own, torch.zeros(1, 1, 1, more, dtype=torch.bool), 1.0)
+    assert torch.allclose(merge_two(Partial(*first), second), wanted, atol=1e-4)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 2**16), st.booleans())
@@ -302,29 +312,35 @@ def test_every_row_finds_its_picture_and_every_page_its_rows(pictures, seed, pad
     chance.shuffle(free)
     prefixes = []
     for _ in range(5):
-        length = chance.randint(1, 4 * PAGE)
-        prefixes.append(Prefix([free.pop() for _ in range(-(-length // PAGE))], length, chance.random() < 0.5))
+        length = chance.randint(1, 4 * BLOCK)
+        prefixes.append(Prefix([free.pop() for _ in range(-(-length // BLOCK))], length, chance.randrange(2)))
     rows = [prefixes[number] for number in pictures]
-
-    def grown(count: int) -> int:
-        return 1 << (count - 1).bit_length() if padded else count
-
-    company, pages = arrange(rows, 40 if padded else None, grown(len(rows)), grown)
+    if padded:
+        sharing, blocks = share_first_blocks(rows, 40, _power_of_two(len(rows)), _power_of_two), list(range(40))
+    else:
+        sharing, blocks = share_named_blocks(rows)
     for row, prefix in enumerate(rows):
-        picture = int(company.picture[row])
-        assert int(company.rows[picture, company.place[row]]) == row
-        found = company.parts[picture][company.there[picture]]
-        assert [pages[index] for index in found] == prefix.pages
-        assert (company.picture_of_page[found] == picture).all()
-        assert int((~company.unseen[found]).sum()) == prefix.length == int(company.length[row])
-        assert bool(company.long[row]) == prefix.long
+        picture = int(sharing.image[row])
+        assert int(sharing.rows[picture, sharing.place[row]]) == row
+        found = sharing.blocks[picture][sharing.is_block[picture]]
+        assert [blocks[index] for index in found] == prefix.blocks
+        assert (sharing.image_of_block[found] == picture).all()
+        assert int((~sharing.hidden[found]).sum()) == prefix.length == int(sharing.length[row])
+        assert int(sharing.rope_variant[row]) == prefix.rope_variant
 
 
-@given(st.integers(0, 1 << 38), st.integers(1 << 10, 1 << 18), st.integers(1, 10_000), st.integers(0, 10_000))
+@given(
+    st.integers(0, 1 << 38),
+    st.integers(1 << 7, 1 << 15).map(lambda layers: 8 * layers),
+    st.integers(1, 10_000),
+    st.integers(0, 10_000),
+)
 def test_a_cache_found_from_the_free_memory_fits_into_it_and_takes_what_must_fit(free, key_bytes, width, keys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_room, "free_memory", lambda device: free)
-        size = size_cache(torch.device("cpu"), key_bytes, width, keys, None)
-    assert size.width >= width and size.pages * PAGE >= keys and size.seats >= 1
-    least = size.seats == 1 or size.pages == -(-keys // PAGE)
-    assert least or key_bytes * (size.seats * size.width + size.pages * PAGE) <= free
+    group = KVGroup("self", key_bytes // 8, 1, 1, per_row=True, longest_prefix=LONGEST_PREFIX)
+    assert group.key_bytes(torch.float32) == key_bytes
+    request = CapacityRequest(width, {"self": keys}, slots=None, most_slots=None, share=1.0)
+    size = find_capacity(request, [group], torch.float32, "cpu", free)
+    blocks = size.blocks["self"]
+    assert size.width >= width and blocks * BLOCK >= keys and size.slots >= 1
+    least = size.slots == 1 or blocks == -(-keys // BLOCK)
+    assert least or key_bytes * (size.slots * size.width + blocks * BLOCK) <= free

@@ -13,15 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.gpu.fake import Report, Scene, run
+from tests.gpu.fake import Report, Scene
 from tests.gpu.fake_device import FakeDevice
-from tests.helpers.launching import ROOT
-from vqa_embeddings.engine import cuda_graphs as steps_room
-from vqa_embeddings.engine import runner as batch_room
-from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
-from vqa_embeddings.engine.runner import Batch
-from vqa_embeddings.engine.scheduler import Flight
+from tests.helpers.launching import ROOT, run
+from vqa_embeddings.engine import capacity, core, cuda_graphs, runner
+from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
+from vqa_embeddings.engine.runner import Runner
 from vqa_embeddings.layers import device as compute
+from vqa_embeddings.models.phi4mm import decoder
 
 SMALL = Scene(rank=1)
 FEW = Scene(rank=1, pictures=((640, 480), (448, 448)), questions=8, new_tokens=16)  # for what shows at once
@@ -112,76 +111,78 @@ def no_current_device(monkeypatch):
 
 
 def work_of_the_host_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda step: torch.zeros(4) + 1)
+    within_a_step(monkeypatch, lambda inputs: torch.zeros(4) + 1)
 
 
 def a_tensor_of_the_host_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda step: torch.tensor([1, 2]))
+    within_a_step(monkeypatch, lambda inputs: torch.tensor([1, 2]))
 
 
 def a_copy_from_the_host_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda step: compute.to_device(torch.ones(3), step.kept.device))
+    within_a_step(monkeypatch, lambda inputs: compute.to_device(torch.ones(3), inputs.num_keys.device))
 
 
 def a_wait_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda step: step.kept[0].item())
+    within_a_step(monkeypatch, lambda inputs: inputs.num_keys[0].item())
 
 
 def an_index_of_the_host(monkeypatch):
-    within_a_step(monkeypatch, lambda step: step.kept[INDEX])
+    within_a_step(monkeypatch, lambda inputs: inputs.num_keys[INDEX])
 
 
 def a_copy_that_waits(monkeypatch):
-    arrange = Batch._arrange
-    monkeypatch.setattr(Batch, "_arrange", lambda self: (INDEX.to(self._decoder.device), arrange(self))[1])
+    make = Runner._make_inputs
+    monkeypatch.setattr(Runner, "_make_inputs", lambda self, rows: (INDEX.to(self._spec.device), make(self, rows))[1])
 
 
 def a_wait_for_each_row(monkeypatch):
-    record = Flight._record
+    make = core.make_record
     monkeypatch.setattr(
-        Flight, "_record", lambda self, row: (row.shown.picture.vision_only.cpu(), record(self, row))[1]
+        core, "make_record", lambda row, *given: (row.entry.image.vision_only.cpu(), make(row, *given))[1]
     )
 
 
 def a_graph_for_every_length(monkeypatch):
-    monkeypatch.setattr(batch_room, "_power_of_two", int)
-    monkeypatch.setattr(batch_room, "WIDTH_STEP", 2)
-    monkeypatch.setattr(steps_room, "PASSES_BEFORE_CAPTURE", 0)
+    monkeypatch.setattr(runner, "_power_of_two", int)
+    monkeypatch.setattr(capacity, "WIDTH_STEP", 2)
+    monkeypatch.setattr(cuda_graphs, "PASSES_BEFORE_CAPTURE", 0)
 
 
 def no_graph(monkeypatch):
-    monkeypatch.setattr(steps_room, "PASSES_BEFORE_CAPTURE", 1000)
+    monkeypatch.setattr(cuda_graphs, "PASSES_BEFORE_CAPTURE", 1000)
 
 
 def a_graph_of_nothing(monkeypatch):
-    monkeypatch.setattr(Steps, "_capture", lambda self, advance, step, width: _Captured(torch.cuda.CUDAGraph(), step))
+    monkeypatch.setattr(
+        CudaGraphRunner, "_capture", lambda self, advance, step, width: CapturedGraph(torch.cuda.CUDAGraph(), step)
+    )
 
 
 def too_large_a_cache(monkeypatch):
-    monkeypatch.setattr(batch_room, "PAGES_SHARE", {"cuda": 0.97})
-    monkeypatch.setattr(batch_room, "PICTURE_KEYS", 1 << 30)
+    monkeypatch.setattr(capacity, "BLOCKS_SHARE", {"cuda": 0.97})
+    monkeypatch.setattr(decoder, "LONGEST_PREFIX", 1 << 30)
 
 
 def the_stream_of_a_failed_capture(monkeypatch):
-    monkeypatch.setattr(steps_room, "leave_capture", lambda device: None)
+    monkeypatch.setattr(cuda_graphs, "leave_capture", lambda device: None)
 
 
 def a_second_cache_beside_the_first(monkeypatch):
-    begin = Batch.__init__
+    begin = Runner.__init__
 
     def in_a_cycle(self, *given):
         begin(self, *given)
-        self._steps.advance = self._advance  # which holds the batch, and with it the cache
+        self._graphs.advance = self._advance  # which holds the runner, and with it the cache
 
-    monkeypatch.setattr(Batch, "__init__", in_a_cycle)
+    monkeypatch.setattr(Runner, "__init__", in_a_cycle)
 
 
 INDEX = torch.tensor([0])
 
 
 def within_a_step(monkeypatch, do):
-    advance = Batch._advance
-    monkeypatch.setattr(Batch, "_advance", lambda self, step, width: (do(step), advance(self, step, width))[1])
+    advance = Runner._advance
+    monkeypatch.setattr(Runner, "_advance", lambda self, inputs, width: (do(inputs), advance(self, inputs, width))[1])
 
 
 MANY_STEPS = replace(FEW, new_tokens=40)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.asking import ask, load
 from tests.helpers.recorded_graph import recorded_graphs
 from tests.helpers.tables import table_rows
-from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine import cuda_graphs as steps_room
-from vqa_embeddings.engine.cuda_graphs import Steps, _Captured
-from vqa_embeddings.engine.runner import Batch
-from vqa_embeddings.layers.kv_cache import KVCache
+from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
+from vqa_embeddings.engine.runner import Runner
+from vqa_embeddings.layers.kv_cache import KVPool
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.records import Extracted
 
@@ -61,56 +61,58 @@ def test_what_a_cache_held_before_reaches_no_row(model, pictures, monkeypatch):
     """Not through the seats of a graph that are nobody's, whose tokens are none: of its eight, two or three here."""
     few = [(picture, asked[:2]) for picture, asked in pictures[:3]]
     wanted = answers(ask(model, few, 32))
-    make = KVCache.__init__
+    make = KVPool.__init__
 
     def full_of_nan(self, *given):
         make(self, *given)
-        for pool in (self._page_keys, self._page_values, self._seat_keys, self._seat_values):
+        for pool in (self._block_keys, self._block_values, self._slot_keys, self._slot_values):
             pool.fill_(torch.nan)
 
-    monkeypatch.setattr(KVCache, "__init__", full_of_nan)
+    monkeypatch.setattr(KVPool, "__init__", full_of_nan)
     found, graphs = answers_with_graphs(model, few, 32)
     assert graphs and found == wanted
 
 
 def bake_in_a_number(monkeypatch):
-    advance = Batch._advance
+    advance = Runner._advance
 
-    def baked(self, step, width):
-        advance(self, step, width)
-        step.kept.copy_(torch.full_like(step.kept, int(step.kept[0])))
+    def baked(self, inputs, width):
+        advance(self, inputs, width)
+        inputs.num_keys.copy_(torch.full_like(inputs.num_keys, int(inputs.num_keys[0])))
 
-    monkeypatch.setattr(Batch, "_advance", baked)
+    monkeypatch.setattr(Runner, "_advance", baked)
 
 
 def move_a_tensor(monkeypatch):
-    def moved(self, step):
-        self._own.company.copy_from(step.company)
-        object.__setattr__(self._own, "newest", step.newest.clone())
-        self._own.kept.copy_(step.kept)
+    def moved(self, inputs):
+        self._own.copy_sharing_from(inputs)
+        object.__setattr__(self._own, "tokens", inputs.tokens.clone())
+        self._own.num_keys.copy_(inputs.num_keys)
         self._graph.replay()
-        step.newest.copy_(self._own.newest)
-        step.kept.add_(1)
+        inputs.tokens.copy_(self._own.tokens)
+        inputs.num_keys.add_(1)
 
-    monkeypatch.setattr(_Captured, "run", moved)
+    monkeypatch.setattr(CapturedGraph, "run", moved)
 
 
-def keep_an_old_company(monkeypatch):
-    run = _Captured.run
+def keep_an_old_sharing(monkeypatch):
+    run = CapturedGraph.run
 
-    def stale(self, step):
-        self._holds = step
-        run(self, step)
+    def stale(self, inputs):
+        self._holds = inputs
+        run(self, inputs)
 
-    monkeypatch.setattr(_Captured, "run", stale)
+    monkeypatch.setattr(CapturedGraph, "run", stale)
 
 
 def share_graphs_of_two_widths(monkeypatch):
-    graph = Steps._graph
-    monkeypatch.setattr(Steps, "_graph", lambda self, advance, step, width: graph(self, advance, step, 64))
+    find = CudaGraphRunner._find_graph
+    monkeypatch.setattr(
+        CudaGraphRunner, "_find_graph", lambda self, advance, inputs, width: find(self, advance, inputs, 64)
+    )
 
 
-@pytest.mark.parametrize("wrong", [bake_in_a_number, move_a_tensor, keep_an_old_company, share_graphs_of_two_widths])
+@pytest.mark.parametrize("wrong", [bake_in_a_number, move_a_tensor, keep_an_old_sharing, share_graphs_of_two_widths])
 def test_a_graph_that_is_wrong_gives_another_answer(model, pictures, without_graphs, monkeypatch, wrong):
     """The stand-in shows what a real graph would do: it does not call the step again."""
     wrong(monkeypatch)
@@ -127,19 +129,19 @@ def test_a_capture_that_fails_leaves_its_shape_without_a_graph_and_the_run_goes_
     After an error that may leave the pool half open, the graphs that follow share another.
     """
     tried = []
-    advance = Batch._advance
-    left, notes, take = [], [], Batch.take_notes
+    advance = Runner._advance
+    left, notes, take = [], [], Runner.take_notes
     monkeypatch.setattr(steps_room, "leave_capture", left.append)
-    monkeypatch.setattr(Batch, "take_notes", lambda self: (notes.extend(found := take(self)), found)[1])
+    monkeypatch.setattr(Runner, "take_notes", lambda self: (notes.extend(found := take(self)), found)[1])
 
-    def advances(self, step, width):
+    def advances(self, inputs, width):
         if any(mode.__class__.__name__ == "Recorded" for mode in _modes()):
-            tried.append((step.shape(), width))
+            tried.append((inputs.shape(), width))
             if len(tried) in (2, 3):
                 raise error
-        advance(self, step, width)
+        advance(self, inputs, width)
 
-    monkeypatch.setattr(Batch, "_advance", advances)
+    monkeypatch.setattr(Runner, "_advance", advances)
     found, graphs = answers_with_graphs(model, pictures, 5)
     assert found == without_graphs
     assert len(notes) == 2 and all("run without a CUDA graph" in note for note in notes)

@@ -165,7 +165,7 @@ def test_float32_is_float32_where_the_environment_asks_for_tf32(checkpoint, refe
     load = (
         "from tests.helpers.reference import Reference; Reference(folder)"
         if reference
-        else "from tests.unit.models.test_model import load; load(folder)"
+        else "from tests.helpers.asking import load; load(folder)"
     )
     script = (
         "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1])\n"

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from tests.helpers import flash_stand_in
+from tests.helpers.asking import ask, load
 from tests.helpers.launching import ROOT, TOKENS, arguments_for, command, merge, run
 from tests.helpers.original_layout import VISION_PATTERN, edit_json, edit_weights, weights_of
 from tests.helpers.reference import cosine
 from tests.helpers.tables import table_rows, write_table
 from tests.system.test_refusals import ADAPTERS, refused
-from tests.unit.models.test_model import ask, load
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.errors import InputError
@@ -118,7 +118,7 @@ def test_an_answer_ends_where_either_file_of_the_checkpoint_says(copy):
         engine = load(copy)
         assert engine._ends >= {end, engine._tokenizer.convert_tokens_to_ids("<|end|>")}
         [found] = ask(engine, asked)
-        assert found.answer == engine.text([end])
+        assert found.answer == engine.detokenize([end])
         (copy / file).write_text(before)
 
 
@@ -140,8 +140,8 @@ def test_white_space_around_a_question_is_what_the_native_layout_makes_of_it(che
     tokens = [IMAGE_TOKENS["original"], "<|user|>", "<|end|>", "<|assistant|>"]
     reverse_flags(copy, tokens, "rstrip", "lstrip", "normalized", "single_word")
     native, other = load(checkpoint), load(copy)
-    assert [other.question(text) for text in SPACED] == [native.question(text) for text in SPACED]
-    assert len({tuple(native.question(text)) for text in SPACED}) == len(SPACED), "otherwise this shows nothing"
+    assert [other.tokenize(text) for text in SPACED] == [native.tokenize(text) for text in SPACED]
+    assert len({tuple(native.tokenize(text)) for text in SPACED}) == len(SPACED), "otherwise this shows nothing"
     asked = [(open_picture(DATA / "cat.jpg"), SPACED)]
     for found, wanted in zip(ask(other, asked), ask(native, asked), strict=True):
         assert found.answer == wanted.answer
@@ -156,8 +156,8 @@ def test_a_native_tokenizer_with_other_flags_is_followed_as_the_library_follows_
     model = load(copy)
     for text in SPACED:
         whole = model._tokenizer(f"<|user|><|image|>{text}<|end|><|assistant|>")["input_ids"]
-        assert whole == model._head + model.question(text)
-    assert model.question("  Why? ") == model.question("Why?")
+        assert whole == model._head + model.tokenize(text)
+    assert model.tokenize("  Why? ") == model.tokenize("Why?")
 
 
 def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(original, tmp_path):
@@ -289,7 +289,7 @@ def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, e
         for row, answer in zip(rows, found, strict=True):
             wanted = expected[row["question_id"]]
             assert cosine(answer.vision_only, wanted.vision_only) > COSINE
-            for index, layer in enumerate(engine.layers):
+            for index, layer in enumerate(engine.spec.layers):
                 assert cosine(answer.query_token[index], wanted.query_token[layer]) > COSINE
                 assert cosine(answer.vision_token[index], wanted.vision_token[layer]) > COSINE
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,61 +13,24 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.normalizers import NFC
 
 from tests.helpers import flash_stand_in
-from tests.helpers.launching import TOKENS
+from tests.helpers.asking import TOLERANCE, ask, assert_equals, load
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import Reference, relative_error, strict_error
 from tests.helpers.tables import table_rows
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture
-from vqa_embeddings.engine.runner import Batch
-from vqa_embeddings.engine.scheduler import Flight, checked
-from vqa_embeddings.layers.kv_cache import CacheSize
-from vqa_embeddings.models.checkpoint import find_checkpoint
-from vqa_embeddings.models.phi4mm.decoder import NOT_FINITE
-from vqa_embeddings.models.phi4mm.model import Phi4, _without_added_tokens
+from vqa_embeddings.engine.greedy import choose_tokens
+from vqa_embeddings.engine.outcome import checked
+from vqa_embeddings.engine.sequence import NOT_FINITE
+from vqa_embeddings.layers.kv_cache import Capacity, KVCache, count_blocks
+from vqa_embeddings.models.phi4mm.model import LONG, SHORT, Phi4, _without_added_tokens
 from vqa_embeddings.models.phi4mm.vision import patch_positions
-from vqa_embeddings.models.phi4mm.weights import load_model
 from vqa_embeddings.records import Extracted, Failed
-
-TOLERANCE = 1e-4
-
-
-def load(
-    checkpoint: Path, lora: str = "merged", attention: str = "sdpa", tokens: int = TOKENS, dtype: str = "float32"
-) -> Phi4:
-    found = find_checkpoint(str(checkpoint), None, checkpoint)
-    return Phi4(*load_model(found, "cpu", dtype, attention, lora), tokens)
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint) -> Phi4:
     return load(checkpoint)
-
-
-def ask(
-    model: Phi4, asked: list[tuple[Image.Image, list[str]]], batch_size: int | None = None
-) -> list[Extracted | Failed]:
-    """All questions on pictures, in batches of so many rows; records in the order of the questions."""
-    questions: list[str] = []
-    pictures = []
-    for picture, texts in asked:
-        rows = list(range(len(questions), len(questions) + len(texts)))
-        questions += texts
-        pictures.append((rows, model.pixels(picture)))
-    flight, records = Flight(model, questions, iter(pictures), batch_size, Timings()), []
-    while not flight.over:
-        records += flight.advance()
-    assert sorted(record.row for record in records) == list(range(len(questions)))
-    return sorted(records, key=lambda record: record.row)
-
-
-def assert_equals(model: Phi4, found, wanted) -> None:
-    assert found.answer == wanted.answer
-    assert strict_error(found.vision_only, wanted.vision_only) < TOLERANCE
-    for index, layer in enumerate(model.layers):
-        assert strict_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
-        assert strict_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
 
 
 def test_a_row_does_not_see_its_company(model):
@@ -79,7 +42,7 @@ def test_a_row_does_not_see_its_company(model):
     for question, found in zip(questions, together, strict=True):
         [alone] = ask(model, [(picture, [question])])
         assert found.answer == alone.answer
-        for index in range(len(model.layers)):
+        for index in range(len(model.spec.layers)):
             assert relative_error(found.query_token[index], alone.query_token[index]) < TOLERANCE
             assert relative_error(found.vision_token[index], alone.vision_token[index]) < TOLERANCE
 
@@ -98,10 +61,10 @@ def test_attention_and_adapter_kept_or_merged_give_the_same_values(checkpoint, e
 
 def test_a_picture_that_fills_its_crops_is_seen_in_both_directions(model, reference):
     picture = Image.effect_noise((448, 448), 90).convert("RGB")
-    pixels = model.pixels(picture)
+    pixels = model.preprocess(picture)
     assert pixels.mask.all(), "this picture was to have no masked patch"
     wanted = reference.row(picture, "Why?", 1)
-    [seen] = model.pictures([pixels])
+    [seen] = model.encode_images([pixels])
     assert relative_error(seen.vision_only.numpy(), wanted.vision_only) < TOLERANCE
 
 
@@ -111,7 +74,7 @@ def near_the_edge(model) -> Image.Image:
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     for width in range(2100, 2240, 14):
         picture = noise.resize((width, 1344))
-        if 4040 < model.pixels(picture).tokens < 4090:
+        if 4040 < model.preprocess(picture).tokens < 4090:
             return picture
     raise AssertionError("no such size")
 
@@ -119,19 +82,19 @@ def near_the_edge(model) -> Image.Image:
 def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(checkpoint, reference, near_the_edge):
     tokens = 4
     model = load(checkpoint, tokens=tokens)
-    prefix = 1 + model.pixels(near_the_edge).tokens
+    prefix = 1 + model.preprocess(near_the_edge).tokens
     asked = "Is there a dog in the image? " * 40
 
     def question(length: int) -> str:
         """Text that makes a prompt of that many tokens."""
-        return next(text for end in range(len(asked)) if prefix + len(model.question(text := asked[:end])) == length)
+        return next(text for end in range(len(asked)) if prefix + len(model.tokenize(text := asked[:end])) == length)
 
     questions = [question(length) for length in (4096 - 20, 4096 - 2, 4096, 4096 + 1)]
     in_company = ask(model, [(near_the_edge, questions)])
     for text, found in zip(questions, in_company, strict=True):
         [alone] = ask(model, [(near_the_edge, [text])])
         wanted = reference.row(near_the_edge, text, tokens)
-        assert wanted.tokens == prefix + len(model.question(text))
+        assert wanted.tokens == prefix + len(model.tokenize(text))
         assert_equals(model, found, wanted)
         assert_equals(model, alone, wanted)
 
@@ -153,7 +116,7 @@ def test_float32_is_float32_beside_values_that_dwarf_the_rest(checkpoint, tmp_pa
     for question, found in zip(questions, ask(model, [(picture, questions)]), strict=True):
         wanted = reference.row(picture, question, 2)
         assert_equals(model, found, wanted)
-        for index, layer in enumerate(model.layers[:-1]):
+        for index, layer in enumerate(model.spec.layers[:-1]):
             expected, moved = wanted.query_token[layer], found.query_token[index].copy()
             assert np.abs(expected).max() > 20 * np.sort(np.abs(expected))[-2], "no value dwarfs the rest"
             moved[7] += 0.2
@@ -162,18 +125,19 @@ def test_float32_is_float32_beside_values_that_dwarf_the_rest(checkpoint, tmp_pa
 
 def test_the_regime_of_the_rotary_factors_shows_in_the_states(model, near_the_edge):
     """Otherwise the test above would pass with any."""
-    [shown] = model.pictures([model.pixels(near_the_edge)])
-    batch = Batch(model.decoder, CacheSize(pages=80, seats=1, width=64))
+    [shown] = model.encode_images([model.preprocess(near_the_edge)])
+    kv = KVCache(model.spec.kv_groups, Capacity({"self": 80}, slots=1, width=64), torch.float32, torch.device("cpu"))
+    blocks = {"self": list(range(count_blocks(shown.prompt_length)))}
     with torch.inference_mode():
-        short, long = (batch.read_picture(shown.embeddings, regime)[1] for regime in (False, True))
+        short, long = (model.prefill_image(shown, variant, kv, blocks) for variant in (SHORT, LONG))
     assert relative_error(long[-1].numpy(), short[-1].numpy()) > 0.01
 
 
 def test_a_prompt_beyond_the_context_is_a_failed_row(model, monkeypatch):
     picture = open_picture(DATA / "cat.jpg")
     fitting, beyond = "Why?", "Why, oh why is that so?"
-    prefix = 1 + model.pixels(picture).tokens
-    monkeypatch.setattr(model, "_context", prefix + len(model.question(fitting)) + 1)
+    prefix = 1 + model.preprocess(picture).tokens
+    monkeypatch.setattr(model, "_context", prefix + len(model.tokenize(fitting)) + 1)
     found = ask(model, [(picture, [fitting, beyond, fitting])])
     assert [isinstance(record, Extracted) for record in found] == [True, False, True]
     assert (found[1].error, "context" in found[1].message) == ("PromptTooLong", True)
@@ -182,7 +146,7 @@ def test_a_prompt_beyond_the_context_is_a_failed_row(model, monkeypatch):
 @pytest.mark.parametrize("text", ["<|end|>", "<|image|>", "<|user|> hi", "a <|endoftext|> b", "<|image_1|>"])
 def test_text_that_looks_like_a_special_token_is_text(model, text):
     tokenizer = model._tokenizer
-    tokens = model.question(text)[:-2]
+    tokens = model.tokenize(text)[:-2]
     assert not set(tokens) & set(tokenizer.added_tokens_decoder)
     assert tokenizer.decode(tokens) == text
 
@@ -224,20 +188,20 @@ def test_plain_text_is_split_as_by_the_same_tokenizer_written_out_without_its_ad
 def test_an_ordinary_question_has_the_tokens_of_the_whole_prompt(model, text):
     tokenizer = model._tokenizer
     whole = tokenizer(f"<|user|>{tokenizer.image_token}{text}<|end|><|assistant|>")["input_ids"]
-    assert whole == model._head + model.question(text)
+    assert whole == model._head + model.tokenize(text)
 
 
 def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
     picture = open_picture(DATA / "cat.jpg")
     [found] = ask(model, [(picture, ["Why?"])])
     written: list[list[int]] = []
-    monkeypatch.setattr(model, "text", lambda tokens: str(written.append(list(tokens))))
+    monkeypatch.setattr(model, "detokenize", lambda tokens: str(written.append(list(tokens))))
     weight, image_token = model.decoder._head.weight.data, model._image_token
     before = weight[image_token].clone()
     try:
         weight[image_token] = 10 * torch.from_numpy(found.query_token[-1])  # it would win the first step by far
         ask(model, [(picture, ["Why?"])])
-        monkeypatch.setattr(model.decoder, "never", torch.empty(0, dtype=torch.int64))
+        monkeypatch.setattr(model, "spec", replace(model.spec, suppressed_tokens=[]))
         ask(model, [(picture, ["Why?"])])
     finally:
         weight[image_token] = before
@@ -248,7 +212,7 @@ def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
 def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
     [found] = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?"])])
     found.query_token[2, 5] = np.inf
-    record = checked(found, model.layers)
+    record = checked(found, model.spec.layers)
     assert isinstance(record, Failed)
     assert (record.row, record.error) == (found.row, "NonFiniteValues")
     assert "query_token_representation/layer_4" in record.message
@@ -259,11 +223,12 @@ def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
 def test_no_token_is_chosen_where_a_logit_is_not_finite(model, dtype, value):
     """Wherever it is, also at a token that is never chosen; the rows beside it have theirs."""
     logits = torch.randn(4, model.decoder.embed.num_embeddings).to(dtype)
-    wanted = logits.index_fill(1, model.decoder.never, -torch.inf).argmax(dim=-1)
-    for place in (0, 17, int(model.decoder.never[0])):
+    suppressed = torch.tensor(model.spec.suppressed_tokens)
+    wanted = logits.index_fill(1, suppressed, -torch.inf).argmax(dim=-1)
+    for place in (0, 17, int(suppressed[0])):
         broken = logits.clone()
         broken[2, place] = value
-        found = model.decoder._choose(broken)
+        found = choose_tokens(broken, suppressed)
         assert found.tolist() == [*wanted[:2].tolist(), NOT_FINITE, int(wanted[3])]
 
 
@@ -272,8 +237,15 @@ def test_logits_that_are_not_finite_fail_their_row_at_that_token_and_no_other(mo
     pictures = [open_picture(DATA / name) for name in ("cat.jpg", "rocket.jpg")]
     asked = [(picture, ["Why?", "Where is it?", "How many are there?"]) for picture in pictures]
     written: dict[int, list[int]] = {}
-    text, embed = model.text, model.decoder.embed
-    monkeypatch.setattr(model, "text", lambda tokens: (written.setdefault(len(written), list(tokens)), text(tokens))[1])
+    text, embed = model.detokenize, model.decoder.embed
+
+    def keep(tokens):
+        written[len(written)] = list(tokens)
+        return text(tokens)
+
+    monkeypatch.setattr(
+        model, "detokenize", lambda tokens: (written.setdefault(len(written), list(tokens)), text(tokens))[1]
+    )
     sound = ask(model, asked)
     answers = {text(tokens): tokens for tokens in written.values()}
     row, token = next(
@@ -322,11 +294,11 @@ def test_a_patch_has_the_position_that_the_library_gives_it_in_float32():
 def test_a_picture_is_seen_alike_in_every_number_format(model, checkpoint, size):
     """Its crops show 19 or 29 rows of patches, among others: a wrong position is an error of another size."""
     picture = Image.effect_noise(size, 90).convert("RGB")
-    [wanted] = model.pictures([model.pixels(picture)])
+    [wanted] = model.encode_images([model.preprocess(picture)])
     narrow = load(checkpoint, dtype="bfloat16")
-    pixels = narrow.pixels(picture)
+    pixels = narrow.preprocess(picture)
     assert pixels.crops.dtype == torch.bfloat16
-    [seen] = narrow.pictures([pixels])
+    [seen] = narrow.encode_images([pixels])
     assert relative_error(seen.vision_only.numpy(), wanted.vision_only.numpy()) < 0.02
 
 

@@ -1,21 +1,19 @@
-"""What is said to the model and what it says: prompt, tokens, pictures as it reads them, the end of an answer.
+"""Phi-4-multimodal behind the protocol: its prompt, its pictures as the decoder reads them, the end of an answer.
 
-What the library (transformers 5.17 to 5.24) does silently wrong is closed here and in the rooms beside it:
+What the library (transformers 5.17 to 5.24) does silently wrong is avoided here and in the modules beside this one:
 
-- Its vision attention is causal wherever no patch is masked; `vision` never is.
+- Its vision attention is causal wherever no patch is masked; that of `vision` never is.
 - Its `output_hidden_states` reads the wrong vision layer after an image; `vision` and `decoder` read the states.
 - Its long or short rotary factors are one choice a batch; in `decoder` they are each row's own.
-- Its `generate` loses the context where an answer crosses the original context length; `must_begin_anew` says where.
-- A generated image or audio token crashes it; they are never chosen.
+- Its `generate` loses the context where an answer crosses the original context length; `finish_reason` says where.
+- A generated image or audio token crashes it; they are suppressed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -24,10 +22,15 @@ from torch import Tensor
 from vqa_embeddings.data.picture_limits import is_truncated
 from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
 from vqa_embeddings.layers.device import to_device
+from vqa_embeddings.layers.kv_cache import KVCache
+from vqa_embeddings.models.base import EncodedImage, FinishReason, ForwardInputs, ModelSpec
 from vqa_embeddings.models.checkpoint import kept_layers
-from vqa_embeddings.models.phi4mm.decoder import Decoder
+from vqa_embeddings.models.phi4mm.decoder import GROUP, Decoder
 from vqa_embeddings.models.phi4mm.formats import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
-from vqa_embeddings.models.phi4mm.vision import Pixels, Vision
+from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, Pixels, Vision
+
+SHORT, LONG = 0, 1  # rotary factors
+PIXEL_MEAN = "pixel_mean_representation"  # what the published script stored as vision_only, [448]
 
 # What the tokenizer's `rstrip` tokens swallow after them: Unicode's White_Space, which str.strip() exceeds.
 WHITE_SPACE = (
@@ -35,18 +38,8 @@ WHITE_SPACE = (
 )
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What is the same for all questions on a picture."""
-
-    embeddings: Tensor  # [prefix, hidden]: `<|user|>` and the image tokens, as the decoder reads them
-    vision_only: Tensor  # float32 [vision]
-    pixel_mean: np.ndarray  # `Pixels.mean`
-    truncated: bool  # `Pixels.truncated`
-
-
 class Phi4:
-    """Phi-4-multimodal with its vision LoRA, asked questions about pictures.
+    """Phi-4-multimodal with its vision LoRA: a `VisionLanguageModel`.
 
     Args:
         model: the library's `Phi4MultimodalForCausalLM`, its adapter merged or active.
@@ -57,15 +50,24 @@ class Phi4:
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, max_new_tokens: int) -> None:
         config = model.config
-        self.max_new_tokens = max_new_tokens
-        self.layers = kept_layers(config.num_hidden_layers)
+        layers = kept_layers(config.num_hidden_layers)
         self._image_token: int = config.vision_config.image_token_id
-        self.decoder = Decoder(model, self.layers, [self._image_token, config.audio_config.audio_token_id])
+        self.decoder = Decoder(model, layers)
         self.vision = Vision(model.model.embed_tokens_extend.image_embed, config.vision_config)
+        self.spec = ModelSpec(
+            layers=layers,
+            kv_groups=[self.decoder.group],
+            attention_heads=self.decoder.heads,
+            suppressed_tokens=[self._image_token, config.audio_config.audio_token_id],
+            max_new_tokens=max_new_tokens,
+            patches_at_once=PATCHES_AT_ONCE[self.decoder.device.type],
+            device=self.decoder.device,
+            dtype=self.decoder.dtype,
+        )
         self._tokenizer = tokenizer
         self._image_processor = image_processor
         self._context: int = config.max_position_embeddings
-        self._short_context = self.decoder.rotary.short_context or self._context
+        self._short_context = self.decoder.short_context or self._context
         self._ends = set(model.generation_config.eos_token_id)  # as `Checkpoint.ends` has them
         self._plain = _without_added_tokens(self._tokenizer.backend_tokenizer)
         placeholder = tokenizer.convert_ids_to_tokens(self._image_token)
@@ -76,80 +78,96 @@ class Phi4:
         self._head = tokenizer("<|user|>" + placeholder)["input_ids"]
         self._tail = tokenizer("<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
 
-    def pixels(self, picture: Image.Image) -> Pixels:
+    def preprocess(self, image: Image.Image) -> Pixels:
         """Crops of an RGB picture; safe to call from several threads.
 
         Raises:
             PictureUnreadable: the processor takes no picture of this shape.
         """
         try:
-            made = self._image_processor(images=[picture], return_tensors="pt")
+            made = self._image_processor(images=[image], return_tensors="pt")
         except Exception as error:  # of one picture, whatever it is: the others go on
             raise PictureUnreadable(
-                f"the model's processor takes no picture of {picture.width}x{picture.height} pixels ({error}); "
+                f"the model's processor takes no picture of {image.width}x{image.height} pixels ({error}); "
                 "expected sides that are less unlike, crop or scale it"
             ) from None
         crops, mask = made["image_pixel_values"][0], made["image_attention_mask"][0]
         height, width = made["image_sizes"][0].tolist()
-        mean = crops.float().mean(dim=(0, 1, 2)).numpy()
-        size, tokens = (height, width), int(made["num_img_tokens"][0])
-        return Pixels(crops.to(self.vision.dtype), mask, size, tokens, mean, is_truncated(picture))
+        return Pixels(
+            crops=crops.to(self.vision.dtype),
+            mask=mask,
+            size=(height, width),
+            tokens=int(made["num_img_tokens"][0]),
+            mean=crops.float().mean(dim=(0, 1, 2)).numpy(),
+            truncated=is_truncated(image),
+        )
 
     @torch.inference_mode()
-    def pictures(self, pixels: Sequence[Pixels]) -> list[Picture]:
-        """Run SigLIP and the projector over pictures, together; each comes to what it comes to alone."""
+    def encode_images(self, pixels: Sequence[Pixels]) -> list[EncodedImage]:
+        """Run SigLIP and the projector over pictures, together; each comes to what it comes to alone.
+
+        Returns:
+            Their `inputs` are embeddings, [prefix, hidden]: `<|user|>` and the image tokens, as the decoder reads them.
+        """
         place = self._head.index(self._image_token)
         around = self.decoder.embed(to_device(torch.tensor(self._head), self.decoder.device))
-        made = []
+        encoded = []
         for picture, seen in zip(pixels, self.vision(pixels), strict=True):
             embeddings = torch.cat([around[:place], seen.tokens.to(around.dtype), around[place + 1 :]])
-            made.append(Picture(embeddings, seen.mean, picture.mean, picture.truncated))
-        return made
+            length = len(embeddings)
+            extra = {PIXEL_MEAN: picture.mean}
+            encoded.append(EncodedImage(embeddings, length, {GROUP: length}, seen.mean, extra, picture.truncated))
+        return encoded
 
-    def question(self, text: str) -> list[int]:
+    def tokenize(self, question: str) -> list[int]:
         """The tokens that follow the image tokens. Text that looks like a special token stays text."""
         if self._image_swallows:
-            text = text.lstrip(WHITE_SPACE)
+            question = question.lstrip(WHITE_SPACE)
         if self._end_swallows:
-            text = text.rstrip(WHITE_SPACE)
-        return [*self._plain.encode(text, add_special_tokens=False).ids, *self._tail]
+            question = question.rstrip(WHITE_SPACE)
+        return [*self._plain.encode(question, add_special_tokens=False).ids, *self._tail]
 
-    def is_long(self, picture: Picture, question: Sequence[int]) -> bool:
-        """Whether the prompt needs the long rotary factors.
+    def rope_variant(self, image: EncodedImage, tokens: Sequence[int]) -> int:
+        """The long rotary factors, 1, where the prompt does not fit under the short ones, 0.
 
         Raises:
             PromptTooLong: it is longer than the model's context.
         """
-        length = len(picture.embeddings) + len(question)
+        length = image.prompt_length + len(tokens)
         if length > self._context:
             raise PromptTooLong(
                 f"the prompt has {length} tokens; expected {self._context} at most, the model's context: "
                 "shorten the question"
             )
-        return length > self._short_context
+        return LONG if length > self._short_context else SHORT
 
-    def is_over(self, prompt: int, written: Sequence[int], long: bool) -> bool:
-        """Whether an answer has ended, or goes no further under its rotary factors: see `must_begin_anew`.
+    def prefill_image(
+        self, image: EncodedImage, variant: int, kv: KVCache, blocks: Mapping[str, Sequence[int]]
+    ) -> Tensor:
+        """See `VisionLanguageModel.prefill_image`."""
+        return self.decoder.prefill_image(image.inputs, variant, kv, blocks[GROUP])
 
-        Args:
-            prompt: tokens of the prompt.
-            written: the answer so far.
+    def forward(self, kv: KVCache, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+        """See `VisionLanguageModel.forward`."""
+        return self.decoder.forward(kv, inputs)
+
+    def finish_reason(self, prompt: int, output: Sequence[int], variant: int) -> FinishReason | None:
+        """Whether an answer has ended, and why.
+
+        RESTART where its next step needs the long rotary factors: keys under the short ones would be wrong beside the
+        new. The library's `generate` goes on without the context there.
         """
-        if len(written) >= self.max_new_tokens or written[-1] in self._ends:
-            return True
-        return prompt + len(written) > (self._context if long else self._short_context)
+        if output[-1] in self._ends:
+            return FinishReason.STOP
+        if len(output) >= self.spec.max_new_tokens:
+            return FinishReason.LENGTH
+        if prompt + len(output) <= (self._context if variant == LONG else self._short_context):
+            return None
+        return FinishReason.RESTART if variant == SHORT and self._short_context < self._context else FinishReason.LENGTH
 
-    def must_begin_anew(self, written: Sequence[int], long: bool) -> bool:
-        """Whether an answer that is over stopped only where its next step needs the long factors.
-
-        From there on the row is a long one: keys under the short factors would be wrong beside the new.
-        """
-        ended = len(written) >= self.max_new_tokens or written[-1] in self._ends
-        return not ended and not long and self._short_context < self._context
-
-    def text(self, written: Sequence[int]) -> str:
+    def detokenize(self, output: Sequence[int]) -> str:
         """An answer as it is stored. A NUL cannot be; the replacement character stands for what has no text."""
-        text = self._tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).replace("\0", "\ufffd").strip()
 
     def _strips(self, token: str, side: str) -> bool:

@@ -1,8 +1,8 @@
 """SigLIP and the projector over the pictures' own patches: no padding, no layer that is not read, no waiting.
 
-A crop's padding is nobody's key, and but for the 2x2 pooling at the edge nobody reads what becomes of it; so only
-the patches that count are computed. The patches of all crops, of several pictures, lie in one row of rows, and the
-crops that have as many of them attend together.
+A crop's padding is masked as a key, and nothing reads what is computed from it, but for the 2x2 pooling at the edge.
+So only the needed patches are computed. The patches of all crops, of several pictures, are the rows of one matrix;
+crops with equally many of them attend in one call.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Vision:
         Args:
             mask, needed: bool [crops, patches]; what is needed holds what is unmasked.
         """
-        order, groups = _arrange(mask, needed)
+        order, groups = _group_crops(mask, needed)
         hidden = embedded[to_device(order, self._device)]
         for layer in self._layers:
             hidden = self._attention(layer.self_attn, layer.layer_norm1(hidden), groups).add_(hidden)
@@ -133,7 +133,7 @@ class Vision:
         return module.out_proj(torch.cat(made) if len(made) > 1 else made[0])
 
     def _project(self, features: Tensor, place: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
-        """The picture's tokens, [image tokens, hidden]: its crops laid out and read row by row, then its global view.
+        """The picture's tokens, [image tokens, hidden].
 
         Args:
             features: [needed patches, vision] of the picture.
@@ -141,27 +141,45 @@ class Vision:
             mask: bool of the same shape.
             size: height and width of the crops laid out, pixels.
         """
-        rows, columns = size[0] // self._crop, size[1] // self._crop
-        half = self._side // 2
-        cells = place.view(-1, half, 2, half, 2).permute(0, 1, 3, 2, 4).reshape(-1, half, half, 4)
-
-        def lay_out(of_crops: Tensor) -> Tensor:
-            return of_crops.view(rows, columns, half, half, -1).transpose(1, 2).reshape(rows * half, columns * half, -1)
-
-        shown = lay_out(mask[1:, ::2, ::2])[..., 0]
-        read = lay_out(cells[1:])[: int(shown[:, 0].sum()), : int(shown[0].sum())]
-        pooled = torch.cat([read.reshape(-1, 4), cells[0].reshape(-1, 4)])
-        count = read.shape[0] * read.shape[1]
-        # Behind the pooled cells lie the two learned separators: of rows, and of the two views.
-        line_end, view_end = len(pooled), len(pooled) + 1
-        views = torch.arange(count).view(read.shape[:2]), torch.arange(count, line_end).view(half, half)
-        lines = [torch.cat([view, torch.full((len(view), 1), line_end)], dim=1).flatten() for view in views]
-        order = torch.cat([lines[0], torch.tensor([view_end]), lines[1]])
+        cells, order = lay_out_tokens(place, mask, size[0] // self._crop, size[1] // self._crop)
         module = self._embed
         separators = [module.sub_img_feature_extensor.view(1, -1), module.global_img_feature_extensor.view(1, -1)]
-        cell_means = features[to_device(pooled, self._device)].mean(dim=1)
-        laid = torch.cat([cell_means, *separators])[to_device(order, self._device)]
-        return module.img_projection_down(nn.functional.gelu(module.img_projection_up(laid)))
+        cell_means = features[to_device(cells, self._device)].mean(dim=1)
+        laid_out = torch.cat([cell_means, *separators])[to_device(order, self._device)]
+        return module.img_projection_down(nn.functional.gelu(module.img_projection_up(laid_out)))
+
+
+def lay_out_tokens(place: Tensor, mask: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """In which order a picture's patches become tokens: its crops laid out, row by row, then its global view.
+
+    Four patches, a cell, are pooled into one token. A separator ends each row of cells, another one the first view.
+
+    Args:
+        place: int64 [crops, side, side], where each patch lies among the picture's own; the global view comes first.
+        mask: bool of the same shape, where a patch shows the picture.
+        rows, columns: how the other crops lie.
+    Returns:
+        int64 [cells, 4], the patches of each cell; int64 [tokens], the cell of each token. Behind the last cell's
+        number come those of the two separators: of rows, and of views.
+    """
+    half = place.shape[-1] // 2
+    cells = place.view(-1, half, 2, half, 2).permute(0, 1, 3, 2, 4).reshape(-1, half, half, 4)
+    shown = _join_crops(mask[1:, ::2, ::2], rows, columns)[..., 0]
+    joined = _join_crops(cells[1:], rows, columns)[: int(shown[:, 0].sum()), : int(shown[0].sum())]
+    height, width = joined.shape[:2]
+    count = height * width + half * half
+    line_end, view_end = count, count + 1
+    views = torch.arange(height * width).view(height, width), torch.arange(height * width, count).view(half, half)
+    first, second = (torch.cat([view, torch.full((len(view), 1), line_end)], dim=1).flatten() for view in views)
+    order = torch.cat([first, torch.tensor([view_end]), second])
+    return torch.cat([joined.reshape(-1, 4), cells[0].reshape(-1, 4)]), order
+
+
+def _join_crops(of_crops: Tensor, rows: int, columns: int) -> Tensor:
+    """Cells of crops, [crops, height, width, ...], as those of the picture, [rows * height, columns * width, n]."""
+    height, width = of_crops.shape[1:3]
+    side_by_side = of_crops.view(rows, columns, height, width, -1).transpose(1, 2)
+    return side_by_side.reshape(rows * height, columns * width, -1)
 
 
 def patch_positions(mask: Tensor) -> Tensor:
@@ -192,8 +210,8 @@ def needed_patches(mask: Tensor) -> Tensor:
     return needed
 
 
-def _arrange(mask: Tensor, needed: Tensor) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Bring crops that attend together next to one another, in each the unmasked patches first.
+def _group_crops(mask: Tensor, needed: Tensor) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Put crops with equally many patches next to one another, in each the unmasked patches first.
 
     Returns:
         int64 [needed patches], which patch comes where; and of each group its crops, patches of a crop, and how many of
