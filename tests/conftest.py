@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.launching import COPIES, TOKENS, arguments_for
-from tests.helpers.sharing import compute_together, locked
+from tests.helpers.sharing import locked
 from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings.app.demo import DATA, make_checkpoint
 
@@ -59,23 +59,21 @@ def copy(request: pytest.FixtureRequest, checkpoint: Path, original: Path, tmp_p
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: Path):
-    from tests.helpers.reference import Reference
+def reference(checkpoint: Path, shared_folder: Path, pytestconfig: pytest.Config):
+    """The reference on the small checkpoint. Its values outlast this run, unless pytest runs without its cache."""
+    from tests.helpers.kept_reference import KeptReference
 
-    return Reference(checkpoint)
+    cache = getattr(pytestconfig, "cache", None)
+    return KeptReference(checkpoint, cache.mkdir("reference") if cache else shared_folder / "reference")
 
 
 @pytest.fixture(scope="session")
-def expected(shared_folder: Path, request: pytest.FixtureRequest) -> dict[str, object]:
+def expected(reference) -> dict[str, object]:
     """The reference's values for all 31 questions of the photographs, by question id."""
-    rows = {row["question_id"]: row for row in table_rows()}
+    from tests.helpers.kept_reference import Asked
 
-    def compute(key: str) -> object:
-        picture = DATA / rows[key]["image_id"]
-        return request.getfixturevalue("reference").row(picture, rows[key]["question"], TOKENS)
-
-    (shared_folder / "expected").mkdir(exist_ok=True)
-    return compute_together(shared_folder / "expected", list(rows), compute)
+    rows = {row["question_id"]: Asked(DATA / row["image_id"], row["question"], TOKENS) for row in table_rows()}
+    return reference.rows(rows)
 
 
 @pytest.fixture(scope="session")

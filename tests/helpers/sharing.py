@@ -1,11 +1,10 @@
-"""What several processes of one run of the tests need, computed by one of them."""
+"""What several processes of one run of the tests need, made by one of them."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,15 +18,3 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def compute_together(folder: Path, keys: Sequence[str], compute: Callable[[str], object]) -> dict[str, object]:
-    """`compute(key)` by key; of several processes that ask for them at once, each computes those that no other has."""
-    for wait in (False, True):
-        for key in keys:
-            path = folder / key
-            with locked(folder / f"{key}.lock", wait) as ours:
-                if ours and not path.exists():
-                    path.with_suffix(".tmp").write_bytes(pickle.dumps(compute(key)))
-                    path.with_suffix(".tmp").rename(path)
-    return {key: pickle.loads((folder / key).read_bytes()) for key in keys}
