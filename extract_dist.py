@@ -14,8 +14,8 @@ Afterwards: python merge_shards.py --output-dir OUT
 from __future__ import annotations
 
 from vqa_embeddings.app.options import ExtractOptions
-from vqa_embeddings.base.console import fail, refuse, say, say_for_rank
 from vqa_embeddings.cli.options import parse_extract
+from vqa_embeddings.cluster.messages import fail, refuse, say, say_for_rank
 from vqa_embeddings.cluster.signals import StopFlag, run_program
 from vqa_embeddings.cluster.world import World, read_world, same_command
 from vqa_embeddings.errors import InputError, NothingFinite, StorageError

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import sys
 
-from vqa_embeddings.base.console import fail, refuse, say
 from vqa_embeddings.cli.options import parse_merge
+from vqa_embeddings.cluster.messages import fail, refuse, say
 from vqa_embeddings.cluster.world import World, read_ranks
 from vqa_embeddings.errors import InputError, StorageError
 

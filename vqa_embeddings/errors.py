@@ -1,7 +1,7 @@
 """The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
 
 SAME_COMMAND = (
-    "the same command continues"  # what a StorageError ends with; `voice.fail` says more where that is needed
+    "the same command continues"  # what a StorageError ends with; `messages.fail` says more where that is needed
 )
 LONGEST_SHOWN = 300  # characters of what a sentence quotes
 

@@ -125,7 +125,7 @@ SHARE = """
 import json, os, time
 from collections import Counter
 from pathlib import Path
-from vqa_embeddings.base.process_pool import gather_ranks
+from vqa_embeddings.cluster.rank_pool import gather_ranks
 from vqa_embeddings.cluster.world import read_ranks
 
 HERE = Path(__file__).parent
@@ -321,7 +321,7 @@ read_world()
 LATE = """
 import sys, time
 from pathlib import Path
-from vqa_embeddings.base.process_pool import gather_ranks
+from vqa_embeddings.cluster.rank_pool import gather_ranks
 from vqa_embeddings.cluster.world import read_ranks, read_world
 
 deadline = time.monotonic() + 120  # after which nobody has heard it
@@ -339,7 +339,7 @@ else:
 def test_a_rank_that_waits_for_the_others_says_so(tmp_path, mpirun, program):
     (tmp_path / "late.py").write_text(LATE)
     (tmp_path / "sitecustomize.py").write_text(
-        "from vqa_embeddings.base import console as voice\nvoice.PATIENCE_SECONDS = 0.1\n"
+        "from vqa_embeddings.base import console\nconsole.PATIENCE_SECONDS = 0.1\n"
     )
     path = f"PYTHONPATH={tmp_path}:{ROOT}"
     launch = mpirun.begin(3, "env", path, sys.executable, tmp_path / "late.py", program)

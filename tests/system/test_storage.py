@@ -23,10 +23,10 @@ from vqa_embeddings.app import merge as merge_module
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.merge import merge as merge_here
 from vqa_embeddings.base import files as files_module
-from vqa_embeddings.base.console import fail, say
 from vqa_embeddings.base.files import copy_file, publish
 from vqa_embeddings.base.process_pool import in_this_process
 from vqa_embeddings.cli.options import parse_merge
+from vqa_embeddings.cluster.messages import fail, say
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.errors import StorageError
 from vqa_embeddings.records import Failed

@@ -13,8 +13,9 @@ import numpy as np
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import copy_file, new_csv
+from vqa_embeddings.cluster.rendezvous import from_rank_zero
 from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
-from vqa_embeddings.cluster.world import World, from_rank_zero, new_launch, read_array_slice
+from vqa_embeddings.cluster.world import World, new_launch, read_array_slice
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, sample, select
 from vqa_embeddings.data.table_reader import read_rows, read_table

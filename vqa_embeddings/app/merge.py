@@ -16,7 +16,8 @@ import numpy as np
 from vqa_embeddings.app.options import MergeOptions
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import new_csv, publish, publish_json, set_aside, sha256
-from vqa_embeddings.base.process_pool import Workers, gather_ranks, start_workers
+from vqa_embeddings.base.process_pool import ProcessPool, start_pool
+from vqa_embeddings.cluster.rank_pool import gather_ranks
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.table import select
 from vqa_embeddings.data.table_reader import read_rows
@@ -141,8 +142,8 @@ def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
         return None if workers is None else _merge(options, _find(options, workers), workers)
 
 
-def _crew(options: MergeOptions, world: World) -> AbstractContextManager[Workers | None]:
-    return start_workers(options.jobs) if world.size == 1 else gather_ranks(world, options.jobs)
+def _crew(options: MergeOptions, world: World) -> AbstractContextManager[ProcessPool | None]:
+    return start_pool(options.jobs) if world.size == 1 else gather_ranks(world, options.jobs)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class _Findings:
     found: dict[str, str]
 
 
-def _find(options: MergeOptions, workers: Workers) -> _Findings:
+def _find(options: MergeOptions, workers: ProcessPool) -> _Findings:
     """Verify the segments, and of the parts those in doubt, or with `verify` all. Nothing is written."""
     folder = options.output_dir
     run = read_run(folder)
@@ -180,7 +181,7 @@ def _find(options: MergeOptions, workers: Workers) -> _Findings:
     return _Findings(catalog, coverage, plans, known, found)
 
 
-def _merge(options: MergeOptions, findings: _Findings, workers: Workers) -> Outcome:
+def _merge(options: MergeOptions, findings: _Findings, workers: ProcessPool) -> Outcome:
     folder, catalog, coverage = options.output_dir, findings.catalog, findings.coverage
     _set_damaged_aside(folder, catalog.corrupt)
     to_write = [plan for plan in findings.plans if plan.action == WRITE]
@@ -237,7 +238,7 @@ def _in_doubt(parts: Sequence[Part], plans: Sequence[PartPlan], known: dict[str,
     return [part for part in parts if part.number in numbers or len(known.get(part.path.name, ())) > 1]
 
 
-def _hash(parts: Sequence[Part], known: dict[str, set[str]], workers: Workers) -> dict[str, str]:
+def _hash(parts: Sequence[Part], known: dict[str, set[str]], workers: ProcessPool) -> dict[str, str]:
     """The SHA-256 of those parts that have one to be compared with, by file name."""
     paths = [part.path for part in parts if part.path.name in known]
     return {path.name: digest for path, digest in zip(paths, workers(sha256, paths), strict=True)}
@@ -411,7 +412,7 @@ def _list_rows(folder: Path, coverage: Coverage, reasons: Mapping[int, Failed]) 
     publish(folder / MISSING_FILE, lambda missing: publish(folder / FAILED_FILE, lambda failed: write(missing, failed)))
 
 
-def _prune(catalog: Catalog, parts: Sequence[Part], entries: Sequence[dict[str, Any]], workers: Workers) -> int:
+def _prune(catalog: Catalog, parts: Sequence[Part], entries: Sequence[dict[str, Any]], workers: ProcessPool) -> int:
     """Remove the segments all of whose rows lie in parts whose hash holds at this moment."""
     safe = np.zeros(len(catalog.table), bool)
     hashes = workers(sha256, [part.path for part in parts])

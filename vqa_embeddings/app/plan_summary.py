@@ -12,7 +12,7 @@ import numpy as np
 
 from vqa_embeddings.app.launch import Launch
 from vqa_embeddings.app.options import ExtractOptions
-from vqa_embeddings.base.console import say
+from vqa_embeddings.cluster.messages import say
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table

@@ -24,9 +24,10 @@ from types import FrameType
 import numpy as np
 
 from vqa_embeddings.app.options import ExtractOptions
-from vqa_embeddings.base.console import REFUSED, speak
+from vqa_embeddings.base.console import print_line
 from vqa_embeddings.base.files import publish_text
 from vqa_embeddings.cli.options import parse_extract
+from vqa_embeddings.cluster.messages import REFUSED
 from vqa_embeddings.cluster.sharding import choose_slice
 from vqa_embeddings.cluster.signals import StopFlag
 from vqa_embeddings.cluster.world import QueuedJob, read_array_slice, read_queued_job, same_command
@@ -55,16 +56,16 @@ def main(argv: Sequence[str]) -> int:
     left = slice_.count_left()
     signalled = launch.signalled or status in STOPPED
     if not signalled and status:
-        say(f"the launch ended with status {status} and {left}; what it printed says why")
+        log(f"the launch ended with status {status} and {left}; what it printed says why")
         return status
     if left.rows == 0 or (options.retry_failed and not signalled):  # rows that fail again are data
-        say(str(left) if left.rows == 0 else f"tried again what had failed, with {left}: failed.csv will say why")
+        log(str(left) if left.rows == 0 else f"tried again what had failed, with {left}: failed.csv will say why")
         return 0
     job = read_queued_job()
     if job is not None:
         return requeue(job, options.output_dir / SHARDS_FOLDER / f".stopped-{job.name}", before, left)
     ended = "stopped by a signal" if signalled else "a rank was stopped, or has died"
-    say(f"{ended}, with {left}; {same_command(options.slice)}")
+    log(f"{ended}, with {left}; {same_command(options.slice)}")
     return 0 if signalled else 1
 
 
@@ -151,14 +152,14 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
     try:
         facts = _ask_slurm(job)
         if facts.get("Restarts") != str(job.restarts):
-            say(f"stopped with {left}; Slurm has put the job back into the queue itself")
+            log(f"stopped with {left}; Slurm has put the job back into the queue itself")
             return 0
         if not is_to_go_on(facts):
             state = f"{facts.get('JobState')}, reason {facts.get('Reason')}"
-            say(f"stopped with {left}; Slurm ends the job ({state}): submit it again, it continues")
+            log(f"stopped with {left}; Slurm ends the job ({state}): submit it again, it continues")
             return 0
         if fruitless >= FRUITLESS_RUNS:
-            say(
+            log(
                 f"given up with {left}: {fruitless} runs in a row were stopped before they had committed anything; "
                 "give the job more time (--time), or have it commit more often (--checkpoint-interval); submit it again"
             )
@@ -166,9 +167,9 @@ def requeue(job: QueuedJob, record: Path, before: Left, left: Left) -> int:
         _scontrol("requeue", job.name)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        say(f"stopped with {left}, and not put back into the queue ({one_line(reason)}); submit it again, it continues")
+        log(f"stopped with {left}, and not put back into the queue ({one_line(reason)}); submit it again, it continues")
         return 1
-    say(f"stopped with {left}; put back into the queue")
+    log(f"stopped with {left}; put back into the queue")
     return 0
 
 
@@ -190,9 +191,9 @@ def is_to_go_on(facts: Mapping[str, str]) -> bool:
     return facts.get("BatchFlag") == "1" and (facts.get("JobState") == "RUNNING" or facts.get("Reason") == "TimeLimit")
 
 
-def say(sentence: str) -> None:
-    """Tell the user, in the launch's log."""
-    speak(f"launch: {sentence}")
+def log(sentence: str) -> None:
+    """Print a sentence about the launch as a whole, as a line of its log."""
+    print_line(f"launch: {sentence}")
 
 
 def _read_record(path: Path, before: Left) -> int:

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vqa_embeddings.base.child_processes import follow_parent, start_child
 from vqa_embeddings.base.console import remind_while_waiting
-from vqa_embeddings.cluster.signals import follow_parent, start_child
 from vqa_embeddings.errors import InputError, one_line
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
@@ -70,12 +70,15 @@ def begin_mpi(family: str | None, rank: int, size: int) -> Any:
 
 
 @contextmanager
-def begin_aloud(rank: int, size: int) -> Iterator[None]:
-    """A block that begins MPI, during which no thread of this process runs: another process says that it waits."""
+def remind_from_child(rank: int, size: int) -> Iterator[None]:
+    """A block that begins MPI, while a child process of the first two ranks prints that they wait for the others.
+
+    It takes a process, as no thread of this one runs while MPI begins.
+    """
     if rank > 1:
         yield
         return
-    child = start_child(remind_of_others, rank, size)
+    child = start_child(print_reminders, rank, size)
     try:
         yield
     finally:
@@ -83,8 +86,8 @@ def begin_aloud(rank: int, size: int) -> Iterator[None]:
         child.wait()
 
 
-def remind_of_others(rank: int, size: int, parent: int) -> None:
-    """What the process that `begin_aloud` starts does."""
+def print_reminders(rank: int, size: int, parent: int) -> None:
+    """What the process that `remind_from_child` starts does."""
     follow_parent(signal.SIGKILL, parent)
     remind_while_waiting(rank, lambda: f"the other ranks of {size} to begin MPI", time.sleep)
 
@@ -109,7 +112,7 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
     if child.returncode:
         raise InputError(
             f"rank {rank} could not begin MPI (status {child.returncode}, MPI's own message is above); "
-            "mend it, or take mpi4py out of the environment: the ranks do without"
+            "repair it, or take mpi4py out of the environment: the ranks do without"
         )
     found = re.search(r"^mpi-[0-9a-f]{16}$", said.decode(errors="replace"), re.MULTILINE)
     return found and found[0]

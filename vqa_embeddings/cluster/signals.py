@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from vqa_embeddings.base.child_processes import STOP_SIGNALS
 
 # A scheduler signals the ranks and their launcher, which passes it on: one request, not two. Under `accelerate launch`
 # the second was measured to come within 25 ms, with eight busy processes a core too; daemons in between take longer.
 REPEAT_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopFlag:
@@ -29,7 +28,7 @@ class StopFlag:
     which would keep a second signal waiting, and make the echo of the first look like a second.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = STOP_SIGNALS
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -83,36 +82,6 @@ class StopFlag:
                     os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
-
-
-def start_child(function: Callable[..., object], *arguments: object, **settings: Any) -> subprocess.Popen[bytes]:
-    """A Python process that calls `function(*arguments, parent)`, where `parent` is this process, for `follow_parent`.
-
-    It hears no request to stop, which a scheduler sends to every process: this one is to end it.
-
-    Args:
-        function: of a module; its arguments have to be what their `repr` says.
-        settings: of `subprocess.Popen`.
-    """
-    call = f"{function.__name__}{(*arguments, os.getpid())!r}"
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {function.__module__} import {function.__name__}; {call}"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopFlag.SIGNALS)  # which the child inherits
-    try:
-        return subprocess.Popen([sys.executable, "-c", code], **settings)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def follow_parent(number: signal.Signals, parent: int) -> None:
-    """Have the kernel send this process a signal once its parent has ended, whatever ended that. Only on Linux.
-
-    Args:
-        parent: process id of the parent, which may have ended before this call.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), number)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vqa_embeddings.cluster.signals import start_child
+from vqa_embeddings.base.child_processes import start_child
 from vqa_embeddings.data.decode import damaged
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS, DecodeOptions
 from vqa_embeddings.data.decode_worker import ANSWER, REQUEST, STEP_DONE, serve

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from vqa_embeddings.cluster.signals import follow_parent
+from vqa_embeddings.base.child_processes import follow_parent
 from vqa_embeddings.data.decode import TOO_LARGE, damaged, decode, read_file
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.picture_limits import is_truncated

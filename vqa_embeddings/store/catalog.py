@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_embeddings.base.process_pool import Workers
+from vqa_embeddings.base.process_pool import ProcessPool
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store.coverage import Coverage, cover, find_truncated
@@ -50,7 +50,7 @@ class Catalog:
         return {failed.row: failed for path in telling for failed in read_failures(path) if wanted[failed.row]}
 
 
-def scan(folder: Path, run: Run, table: Table, verify: Workers | None = None) -> Catalog:
+def scan(folder: Path, run: Run, table: Table, verify: ProcessPool | None = None) -> Catalog:
     """Read what the folder holds: names, row numbers and, given workers, whether every segment's checksum holds."""
     segments, corrupt = read_segments(folder, run, verify)
     parts, damaged = read_parts(folder, run, table)

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from vqa_embeddings.base.files import list_folder, publish, publish_text, reading, sha256
-from vqa_embeddings.base.process_pool import Workers
+from vqa_embeddings.base.process_pool import ProcessPool
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import one_line
 from vqa_embeddings.records import Extracted, Failed
@@ -169,7 +169,7 @@ def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, t
     publish(path, write)
 
 
-def read_segments(folder: Path, run: Run, verify: Workers | None) -> tuple[list[Segment], list[Corrupt]]:
+def read_segments(folder: Path, run: Run, verify: ProcessPool | None) -> tuple[list[Segment], list[Corrupt]]:
     """The committed segments below the output folder, in the order of their names, and those that cannot be used.
 
     Args:

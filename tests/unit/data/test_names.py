@@ -13,9 +13,10 @@ import pytest
 from tests.helpers.launching import ROOT, run
 from tests.helpers.odd_pictures import CAT, encoded, lay
 from vqa_embeddings.app.merge import _withdraw
-from vqa_embeddings.base.console import speak
+from vqa_embeddings.base.console import print_line
 from vqa_embeddings.base.files import new_csv
-from vqa_embeddings.cluster.world import World, from_rank_zero
+from vqa_embeddings.cluster.rendezvous import from_rank_zero
+from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.errors import InputError
@@ -91,7 +92,7 @@ def test_a_reason_with_bytes_that_are_no_text_can_be_committed_and_told_to_other
 def test_what_the_terminal_cannot_show_is_said_in_escapes(tmp_path, monkeypatch, encoding):
     with open(tmp_path / "log", "w", encoding=encoding, errors="strict") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        speak("图 \udcff")
+        print_line("图 \udcff")
     assert (tmp_path / "log").read_text(encoding) in ("\\u56fe \\udcff\n", "图 \\udcff\n")
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from vqa_embeddings.base.process_pool import AHEAD, start_workers
+from vqa_embeddings.base.process_pool import AHEAD, start_pool
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_results_come_in_the_order_of_the_items(processes):
-    with start_workers(processes) as workers:
-        assert list(workers(abs, range(-20, 0))) == list(range(20, 0, -1))
-        assert list(workers(str, iter([]))) == []
-        assert list(workers(str, range(3))) == ["0", "1", "2"], "the same processes take other work too"
+    with start_pool(processes) as pool:
+        assert list(pool(abs, range(-20, 0))) == list(range(20, 0, -1))
+        assert list(pool(str, iter([]))) == []
+        assert list(pool(str, range(3))) == ["0", "1", "2"], "the same processes take other work too"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -26,8 +26,8 @@ def test_items_are_made_when_their_turn_comes(processes):
             made.append(number)
             yield number
 
-    with start_workers(processes) as workers:
-        results = workers(abs, items())
+    with start_pool(processes) as pool:
+        results = pool(abs, items())
         for taken in range(1, 10):
             next(results)
             assert len(made) < taken + AHEAD * processes
@@ -35,5 +35,5 @@ def test_items_are_made_when_their_turn_comes(processes):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_comes_to_the_one_who_waits_for_the_result(processes):
-    with start_workers(processes) as workers, pytest.raises(ValueError, match="invalid literal"):
-        list(workers(int, ["1", "2", "two", "4"]))
+    with start_pool(processes) as pool, pytest.raises(ValueError, match="invalid literal"):
+        list(pool(int, ["1", "2", "two", "4"]))
