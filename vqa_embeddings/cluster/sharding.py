@@ -48,51 +48,38 @@ def unit_size(pictures: int, rows: int, shares: int) -> int:
 
 
 def deal(costs: np.ndarray, shares: int) -> np.ndarray:
-    """Give each cost to the share with the least so far, and of several to the first.
+    """Give each cost in turn to the share with the least so far, and of several to the first.
 
     Args:
-        costs: whole numbers as float `[m]`, the highest first.
+        costs: float `[m]`, the highest first.
+        shares: how many shares.
     Returns:
         int64 `[m]`: the share of each.
     """
-    dealt = np.empty(len(costs), np.int64)
-    loads = [(0.0, share) for share in range(shares)]
-    highest = 0.0
-    ends = np.append(np.flatnonzero(np.diff(costs)) + 1, len(costs)).tolist()
-    place = 0
-    for end in ends:
-        cost = float(costs[place]) if place < end else 0.0
-        while place < end and highest - loads[0][0] >= cost:
-            load, share = loads[0]
-            dealt[place] = share
-            heapq.heapreplace(loads, (load + cost, share))
-            highest = max(highest, load + cost)
-            place += 1
-        if place < end:  # the loads differ by less than the cost of one: from here on they come round in turn
-            loads.sort()
-            dealt[place:end] = np.resize([share for _, share in loads], end - place)
-            rounds, rest = divmod(end - place, shares)
-            loads = [(load + cost * (rounds + (turn < rest)), share) for turn, (load, share) in enumerate(loads)]
-            heapq.heapify(loads)
-            highest = max(loads)[0]
-            place = end
-    return dealt
+    loads = [(0.0, share) for share in range(shares)]  # a heap: the least load, and of equal ones the first share
+    dealt = []
+    for cost in costs.tolist():
+        load, share = loads[0]
+        dealt.append(share)
+        heapq.heapreplace(loads, (load + cost, share))
+    return np.array(dealt, np.int64)
 
 
-def choose_slice(pictures: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+def choose_slice(pictures: np.ndarray, slice_: tuple[int, int]) -> np.ndarray:
     """The rows of slice `i` of `n`, as bool `[rows]`: fixed by the table alone.
 
     Array tasks that start hours apart then never leave a gap between them, whatever was done in the meantime.
 
     Args:
         pictures: int `[rows]`, the picture of each row.
-        part: `(i, n)`.
+        slice_: `(i, n)`.
     """
-    return split(pictures, np.ones(len(pictures), bool), part[1]) == part[0]
+    index, count = slice_
+    return split(pictures, np.ones(len(pictures), bool), count) == index
 
 
 def share_rows(
-    pictures: np.ndarray, pending: np.ndarray, part: tuple[int, int], rank: int, size: int, agreed: bool = True
+    pictures: np.ndarray, pending: np.ndarray, slice_: tuple[int, int], rank: int, size: int, agreed: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of one slice of the table, and those of them that one rank of `size` is to do now.
 
@@ -101,13 +88,13 @@ def share_rows(
     Args:
         pictures: int `[n]`, the picture of each row.
         pending: bool `[n]`, the rows still to do.
-        part: `(i, n)`, the slice.
+        slice_: `(i, n)`, the slice.
         agreed: whether all ranks of the launch have the same `pending`. Where they may not, they share the slice
-            as it is and skip what is done: as exact, and less even.
+            unchanged, and skip what is done: no row is lost or done twice, but the work is less even.
     Returns:
         bool `[n]`, the slice; int `[m]`, the rank's rows, picture after picture in the order of the table.
     """
-    inside = choose_slice(pictures, part)
+    inside = choose_slice(pictures, slice_)
     owner = split(pictures, inside & pending if agreed else inside, size)
     mine = np.flatnonzero((owner == rank) & pending)
     return inside, mine[np.argsort(pictures[mine], kind="stable")]
