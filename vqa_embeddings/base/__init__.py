@@ -1,1 +1,6 @@
-"""What every program of this kind needs, and knows nothing of this one: files, processes, the console, time."""
+"""What every room may use, and what knows none of them: files, processes, lines for the user.
+
+files: write a file so that readers never see half of it. file_names: names that are no UTF-8.
+child_processes: Python processes that end with this one. process_pool: a `map` in several processes.
+console: lines for the user, and reminders of a wait. timings: seconds by stage. environment: variables, read once.
+"""
