@@ -66,5 +66,5 @@ extract_here() {
     if [ "$ranks" -gt 1 ]; then
         launcher=(python -m accelerate.commands.launch --config_file "$home/launch/accelerate/one_node.yaml" --num_processes "$ranks")
     fi
-    exec python -m vqa_embeddings.app.supervise "${launcher[@]}" "$home/extract_dist.py" -- "$@"
+    exec python -m vqa_embeddings.cli.supervise "${launcher[@]}" "$home/extract_dist.py" -- "$@"
 }

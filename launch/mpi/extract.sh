@@ -16,5 +16,5 @@ options=()
 # Open MPI 4 and 5 bind a rank, and with it the threads that read its pictures, to one core, and count cores as places.
 export OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_rmaps_base_oversubscribe=1
 export PRTE_MCA_hwloc_default_binding_policy=none PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-exec python -m vqa_embeddings.app.supervise "$mpirun" -n "${NPROC:-$(count_gpus)}" "${options[@]}" \
+exec python -m vqa_embeddings.cli.supervise "$mpirun" -n "${NPROC:-$(count_gpus)}" "${options[@]}" \
     bash "$home/launch/mpi/rank.sh" -- "$@"

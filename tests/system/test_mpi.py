@@ -414,7 +414,7 @@ def test_ranks_have_time_for_a_commit_when_every_process_is_asked_to_stop_at_onc
     (tmp_path / "rank.sh").write_text(
         f"trap : TERM INT USR1 USR2; {sys.executable} {tmp_path}/commit.py {tmp_path}; exit 0"
     )
-    supervised = [sys.executable, "-m", "vqa_embeddings.app.supervise", *mpirun.line(2, "bash", tmp_path / "rank.sh")]
+    supervised = [sys.executable, "-m", "vqa_embeddings.cli.supervise", *mpirun.line(2, "bash", tmp_path / "rank.sh")]
     environment = {**os.environ, **mpirun.settings, "PYTHONPATH": str(ROOT)}
     launch = subprocess.Popen([*supervised, "--", "--demo", "--output-dir", str(tmp_path / "out")], env=environment)
     files = [tmp_path / "0", tmp_path / "1"]

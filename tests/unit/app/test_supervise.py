@@ -13,9 +13,11 @@ import pytest
 
 from tests.helpers.launching import ROOT
 from tests.unit.app.test_merge import ROWS, begin_run, commit
+from vqa_embeddings.app import requeue as requeue_module
 from vqa_embeddings.app import supervise as supervise_module
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.app.supervise import Left, Slice, count_fruitless, is_to_go_on, requeue
+from vqa_embeddings.app.requeue import RowsLeft, count_fruitless, requeue, should_continue
+from vqa_embeddings.app.supervise import RowCounter
 from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.world import QueuedJob, read_queued_job
 from vqa_embeddings.errors import StorageError
@@ -37,19 +39,19 @@ ARGUMENTS = ["--vqa-dataset", str(DATA / "vqa.csv"), "--images-dir", str(DATA)]
     ids=["signalled", "time limit", "after it", "cancelled", "cancelled before", "salloc"],
 )
 def test_a_job_goes_on_unless_somebody_ended_it(facts, expected):
-    assert is_to_go_on({"BatchFlag": "1", **facts}) == expected
+    assert should_continue({"BatchFlag": "1", **facts}) == expected
 
 
 @pytest.mark.parametrize(
     ("earlier", "before", "left", "expected"),
     [
-        (0, Left(9, 9), Left(5, 9), 0),
-        (0, Left(5, 9), Left(5, 9), 1),
-        (1, Left(5, 9), Left(5, 9), 2),
-        (1, Left(5, 9), Left(4, 9), 0),
-        (0, Left(), Left(9, 9), 1),
-        (0, Left(), Left(8, 9), 0),
-        (1, Left(), Left(), 2),
+        (0, RowsLeft(9, 9), RowsLeft(5, 9), 0),
+        (0, RowsLeft(5, 9), RowsLeft(5, 9), 1),
+        (1, RowsLeft(5, 9), RowsLeft(5, 9), 2),
+        (1, RowsLeft(5, 9), RowsLeft(4, 9), 0),
+        (0, RowsLeft(), RowsLeft(9, 9), 1),
+        (0, RowsLeft(), RowsLeft(8, 9), 0),
+        (1, RowsLeft(), RowsLeft(), 2),
     ],
 )
 def test_runs_that_commit_nothing_are_counted_in_a_row(earlier, before, left, expected):
@@ -64,7 +66,7 @@ def test_a_job_has_the_name_that_scontrol_knows():
 
 
 def supervise(launcher: list[str], *arguments: str, **slurm: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "vqa_embeddings.app.supervise", *launcher, "--", *ARGUMENTS, *arguments]
+    line = [sys.executable, "-m", "vqa_embeddings.cli.supervise", *launcher, "--", *ARGUMENTS, *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | slurm
     return subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -130,13 +132,13 @@ def requeued(tmp_path: Path) -> int:
 def test_a_job_gives_up_after_two_runs_in_a_row_without_a_commit(tmp_path, job):
     record = tmp_path / "shards" / ".stopped-7"
     running = {"JobState": "RUNNING"}
-    assert requeue(job(0, Restarts="0", **running), record, Left(), Left(9, 9)) == 0
-    assert requeue(job(1, Restarts="1", **running), record, Left(9, 9), Left(5, 9)) == 0
-    assert requeue(job(2, Restarts="2", **running), record, Left(5, 9), Left(5, 9)) == 0
+    assert requeue(job(0, Restarts="0", **running), record, RowsLeft(), RowsLeft(9, 9)) == 0
+    assert requeue(job(1, Restarts="1", **running), record, RowsLeft(9, 9), RowsLeft(5, 9)) == 0
+    assert requeue(job(2, Restarts="2", **running), record, RowsLeft(5, 9), RowsLeft(5, 9)) == 0
     # The third run has lost its node, and so left no record, but had committed a row.
-    assert requeue(job(4, Restarts="4", **running), record, Left(4, 9), Left(4, 9)) == 0
+    assert requeue(job(4, Restarts="4", **running), record, RowsLeft(4, 9), RowsLeft(4, 9)) == 0
     assert requeued(tmp_path) == 4
-    assert requeue(job(5, Restarts="5", **running), record, Left(4, 9), Left(4, 9)) == 1
+    assert requeue(job(5, Restarts="5", **running), record, RowsLeft(4, 9), RowsLeft(4, 9)) == 1
     assert requeued(tmp_path) == 4
 
 
@@ -144,7 +146,7 @@ def test_a_job_that_slurm_has_put_back_has_not_given_up(tmp_path, job, capsys):
     record = tmp_path / "shards" / ".stopped-7"
     for run in range(3):
         stopped = job(run, Restarts=str(run + 1), JobState="PENDING")
-        assert requeue(stopped, record, Left(9, 9), Left(9, 9)) == 0
+        assert requeue(stopped, record, RowsLeft(9, 9), RowsLeft(9, 9)) == 0
         assert "Slurm has put the job back" in capsys.readouterr().out
     assert requeued(tmp_path) == 0
 
@@ -152,12 +154,12 @@ def test_a_job_that_slurm_has_put_back_has_not_given_up(tmp_path, job, capsys):
 def test_the_rows_of_a_slice_are_counted_anew_and_its_table_read_once(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     out = begin_run(tmp_path)
-    slice_ = Slice(parse_extract(None, [*ARGUMENTS, "--slice", "0/2", "--output-dir", str(out)]))
-    before = slice_.count_left()
+    rows = RowCounter(parse_extract(None, [*ARGUMENTS, "--slice", "0/2", "--output-dir", str(out)]))
+    before = rows.count_left()
     assert before.rows == before.of < ROWS
     commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in range(ROWS)])
     (out / "rows.csv").unlink()
-    assert slice_.count_left() == Left(0, before.of)
+    assert rows.count_left() == RowsLeft(0, before.of)
 
 
 @pytest.mark.parametrize(("name", "passed_on"), [("accelerate", "TERM"), ("srun", "USR1"), ("mpirun", "USR1")])
@@ -186,13 +188,13 @@ def test_a_disk_that_fails_keeps_no_job_from_going_on(tmp_path, monkeypatch):
 
     asked = []
     monkeypatch.setattr(supervise_module, "read_run", fails)
-    monkeypatch.setattr(supervise_module, "publish_text", fails)
+    monkeypatch.setattr(requeue_module, "publish_text", fails)
     monkeypatch.setattr(
-        supervise_module, "_ask_slurm", lambda job: {"Restarts": "0", "BatchFlag": "1", "JobState": "RUNNING"}
+        requeue_module, "_ask_slurm", lambda job: {"Restarts": "0", "BatchFlag": "1", "JobState": "RUNNING"}
     )
-    monkeypatch.setattr(supervise_module, "_scontrol", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(requeue_module, "_scontrol", lambda *arguments: asked.append(arguments))
     options = parse_extract(None, [*ARGUMENTS, "--output-dir", str(tmp_path)])
-    left = Slice(options).count_left()
-    assert left == Left()
-    assert requeue(QueuedJob("7", 0), tmp_path / "shards" / ".stopped-7", Left(9, 9), Left(5, 9)) == 0
+    left = RowCounter(options).count_left()
+    assert left == RowsLeft()
+    assert requeue(QueuedJob("7", 0), tmp_path / "shards" / ".stopped-7", RowsLeft(9, 9), RowsLeft(5, 9)) == 0
     assert asked == [("requeue", "7")]
