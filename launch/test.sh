@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Lint, types and the whole test suite, in the environment of launch/demo.sh with the test extra. Uses a GPU where
 # there is one. Arguments go to pytest:
-#     bash launch/test.sh [-k NAME]
+#     bash launch/test.sh                  # all: under half an hour on two cores
+#     bash launch/test.sh -m "not slow"    # what needs no launch: decisions, tables, pictures, storage, one small model
+#     bash launch/test.sh -k NAME
+# The values that the tests compare with are computed once and kept in .pytest_cache; --cache-clear removes them.
 # The tests on a real Slurm, under Open MPI and in a browser run where there are root and Debian's packages, and are
 # skipped with a reason elsewhere:
 #     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 openmpi-bin \

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers.launching import COPIES, TOKENS, arguments_for
+from tests.helpers.launching import COPIES, ROOT, TOKENS, arguments_for
 from tests.helpers.sharing import locked
 from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings.app.demo import DATA, make_checkpoint
@@ -21,8 +21,12 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests on a real Slurm, which take longest, come last."""
+    """The tests of whole launches are slow; those on a real Slurm, which take longest, come last."""
+    for item in items:
+        if "system" in item.path.relative_to(ROOT).parts:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: "slurm" in item.path.parts)
 
 

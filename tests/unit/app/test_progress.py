@@ -27,6 +27,7 @@ from vqa_embeddings.store.heartbeat import (
 )
 
 
+@pytest.mark.slow
 def test_one_bar_counts_the_rows_of_all_ranks_and_a_login_node_sees_them(tmp_path, many_rows, checkpoint):
     out, rows = tmp_path / "out", 31 * COPIES
     inputs = [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
@@ -49,6 +50,7 @@ def test_one_bar_counts_the_rows_of_all_ranks_and_a_login_node_sees_them(tmp_pat
         assert pace.done[-1] == committed[int(pace.shard[-1])] < pace.to_do
 
 
+@pytest.mark.slow
 def test_a_log_has_lines_few_and_whole(tmp_path, many_rows, checkpoint):
     inputs = arguments_for(many_rows, checkpoint)
     done = run(command(0, *inputs, "--output-dir", tmp_path / "out"))
@@ -61,6 +63,7 @@ def test_a_log_has_lines_few_and_whole(tmp_path, many_rows, checkpoint):
     assert lines[-1].startswith("100% ")
 
 
+@pytest.mark.slow
 def test_failed_rows_are_counted_as_they_come(tmp_path, checkpoint):
     rows = [{**row, "image_id": "gone.jpg"} if number % 3 else row for number, row in enumerate(table_rows()[:9])]
     table = write_table(tmp_path / "vqa.csv", rows)
@@ -70,6 +73,7 @@ def test_failed_rows_are_counted_as_they_come(tmp_path, checkpoint):
     assert read_heartbeats(tmp_path / "out")[0].failed[-1] == 6
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     out = tmp_path / "out"
     begun = time.monotonic()
@@ -105,6 +109,7 @@ def test_a_plan_says_what_is_to_do_and_touches_nothing(tmp_path, photographs):
     assert other.returncode == 2 and "--pixel-mean: False there, True now" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_warns_of_a_folder_that_has_none_of_the_pictures(tmp_path, checkpoint):
     (tmp_path / "images").mkdir()
     inputs = arguments_for(DATA / "vqa.csv", checkpoint, tmp_path / "images")

@@ -68,6 +68,7 @@ assert from_rank_zero(world, Path("OUT/shards"), lambda: until("planned") or b"p
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_say_for_whom_they_wait(tmp_path: Path):
     (tmp_path / "meeting.py").write_text(MEETING)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

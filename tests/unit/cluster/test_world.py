@@ -86,6 +86,7 @@ def test_ranks_that_cannot_be_are_refused(environment, found):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_launch_with_an_impossible_rank_exits_2_with_one_sentence(tmp_path: Path):
     done = run(command(0, "--demo", "--output-dir", tmp_path / "out"), RANK="5", WORLD_SIZE="2")
     assert done.returncode == 2

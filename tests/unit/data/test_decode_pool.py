@@ -86,6 +86,7 @@ def test_a_decode_process_ignores_signals_but_ends_with_its_rank(tmp_path):
     assert all_end([process], 5)
 
 
+@pytest.mark.slow
 def test_a_picture_that_takes_too_much_memory_costs_its_row(tmp_path, pool, monkeypatch):
     Image.new("1", (40_000, 4_000)).save(tmp_path / "wide.png")  # 160 million pixels, 0.5 GB as RGB
     assert pool(tmp_path / "wide.png").size == (40_000, 4_000)
@@ -148,6 +149,7 @@ def test_what_others_print_does_not_get_between_the_pixels(tmp_path, monkeypatch
         assert np.array_equal(np.asarray(DecodePool()(tmp_path / "cat.png")), ODD["bitmap.bmp"][1])
 
 
+@pytest.mark.slow
 def test_a_job_that_was_suspended_goes_on_with_its_picture(tmp_path, monkeypatch):
     lay(tmp_path, "cat.png", ODD["bitmap.bmp"][0])
     slow = f"import time, PIL.Image as module; whole, begun = module.open, open({str(tmp_path / 'begun')!r}, 'a')\n"

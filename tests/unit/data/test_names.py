@@ -28,6 +28,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PICTURE = encoded(CAT[:48, :64], "PNG")
 
 
+@pytest.mark.slow
 def test_a_picture_is_found_by_its_utf8_name_and_named_so_in_a_locale_of_latin_1(tmp_path):
     if not shutil.which("localedef"):
         pytest.skip("there is no localedef to make a locale with")

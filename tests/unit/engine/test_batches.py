@@ -160,6 +160,7 @@ def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_i
         assert relative_difference(records[row], alone) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeypatch):
     picture = open_picture(DATA / "cat.jpg")
     wide = "Tell me " + "very " * 700 + "much about it."
@@ -180,6 +181,7 @@ def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeyp
     assert widths[0] == widths[-1] < max(widths), "the rows after the wide one were to have a usual batch again"
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model, monkeypatch):
     """It shows where the cache for them is made, and again with half of it."""
     picture = open_picture(DATA / "cat.jpg")

@@ -22,6 +22,8 @@ from vqa_embeddings.engine.runner import Runner
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.models.phi4mm import decoder
 
+pytestmark = pytest.mark.slow  # each is a whole extraction, operator by operator
+
 SMALL = Scene(rank=1)
 FEW = Scene(rank=1, pictures=((640, 480), (448, 448)), questions=8, new_tokens=16)  # for what shows at once
 CARDS = {78.0: 10, 40.0: 6, 23.0: 3, 15.0: 2}  # GiB, and how many pictures with 28 questions fill the batch there
@@ -82,14 +84,12 @@ def test_ranks_on_one_gpu_share_its_memory():
     assert shared.planned == alone.planned / 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("memory", CARDS)
 def test_at_full_size_the_peak_is_below_what_is_planned(memory):
     report = right(run(replace(FULL, pictures=((640, 480),) * CARDS[memory], memory=memory)))
     assert report.peak > 0.6 * memory, "the memory was to be used"
 
 
-@pytest.mark.slow
 def test_at_full_size_two_ranks_fit_on_one_gpu():
     right(run(replace(FULL, pictures=((640, 480),) * 6, processes=2)))
 

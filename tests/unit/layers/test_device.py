@@ -159,6 +159,7 @@ def test_a_process_alone_takes_all_that_is_free():
     assert fair_share(70, 80, 10, 1) == 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [False, True])
 def test_float32_is_float32_where_the_environment_asks_for_tf32(checkpoint, reference):
     """In the extraction and in what it is compared with."""

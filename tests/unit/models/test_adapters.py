@@ -63,6 +63,7 @@ def assert_same_weights(found, wanted) -> None:
 # --- in the weights already ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_that_hold_the_lora_give_its_vectors_once(tmp_path, checkpoint, original):
     """By real runs. Without --lora none it would be added again: refused, and the output folder is not taken."""
     held = shutil.copytree(original, tmp_path / "held")
@@ -309,6 +310,7 @@ def test_a_folder_of_checkpoints_is_refused_with_the_one_to_give(tmp_path, check
         find_checkpoint(str(tmp_path / "trainer"), None, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "command"),
     [

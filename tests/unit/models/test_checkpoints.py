@@ -50,6 +50,7 @@ def contents(part: Path) -> dict[str, tuple]:
     return found
 
 
+@pytest.mark.slow
 def test_both_layouts_of_a_checkpoint_give_the_same_parts(tmp_path, checkpoint, original):
     for name, folder in (("native", checkpoint), ("original", original)):
         done = run(command(0, *arguments_for(DATA / "vqa.csv", folder), "--output-dir", tmp_path / name))
@@ -193,6 +194,7 @@ def fill_cache(cache: Path, checkpoint: Path, revision: str = NATIVE_REVISION, c
     return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
 
 
+@pytest.mark.slow
 def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path, checkpoint):
     """From a cache that was filled before, as on a cluster's nodes without a network."""
     fill_cache(tmp_path / "cache", checkpoint)
@@ -209,6 +211,7 @@ def test_the_hub_model_is_taken_at_the_revision_with_the_native_layout(tmp_path,
     refused(*inputs, "--revision", "main", saying=held)
 
 
+@pytest.mark.slow
 def test_without_cache_dir_the_hubs_own_cache_is_used_and_named_where_it_lacks_the_model(
     tmp_path, checkpoint, monkeypatch
 ):
@@ -370,6 +373,7 @@ def test_a_flash_attn_that_the_library_does_not_take_is_not_chosen(monkeypatch):
     assert _no_flash_package() == "transformers does not take this flash-attn for version 2"
 
 
+@pytest.mark.slow
 def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
     """Its small half, here. Where there is a GPU, check.sh without --quick does the rest."""
     done = check_gpu("--quick")
@@ -378,6 +382,7 @@ def test_the_check_for_a_gpu_runs_whole_on_small_checkpoints():
     assert "5 of 5 cases are right" in done.stdout or torch.cuda.is_available()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_check_for_a_gpu_says_in_a_sentence_what_it_lacks(tmp_path):
     alone = check_gpu("graphs")
@@ -404,17 +409,20 @@ def asked_of(folder: Path) -> list[object]:
     return [*arguments_for(DATA / "vqa.csv", folder), "--output-dir", folder.parent / "out"]
 
 
+@pytest.mark.slow
 def test_truncated_weights_are_refused(copy):
     weights = weights_of(copy)[-1]
     weights.write_bytes(weights.read_bytes()[:-1])
     refused(*asked_of(copy), saying="not a whole safetensors file")
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_there_are_refused(copy):
     weights_of(copy)[-1].rename(copy / "pytorch_model.bin")
     refused(*asked_of(copy), saying="(found pytorch_model.bin, which is not read); expected the weights as safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file", "saying"),
     [
@@ -431,6 +439,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(original, tmp_path, nam
     refused(*asked_of(copy), saying=saying)
 
 
+@pytest.mark.slow
 def test_weights_in_one_file_beside_an_index_are_refused(original, checkpoint, tmp_path):
     """The library would load the one file, and what was checked is the other."""
     copy = shutil.copytree(original, tmp_path / "model")
@@ -452,12 +461,14 @@ def test_a_file_without_permission_is_refused(copy, monkeypatch):
         find_checkpoint(str(copy), None, copy)
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_place_of_a_file_is_refused(copy):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.json").mkdir()
     refused(*asked_of(copy), saying="holds no tokenizer.json")
 
 
+@pytest.mark.slow
 def test_an_index_without_metadata_is_refused(original, tmp_path):
     copy = shutil.copytree(original, tmp_path / "model")
     index = json.loads((copy / checkpoints.INDEX).read_text())
@@ -465,11 +476,13 @@ def test_an_index_without_metadata_is_refused(original, tmp_path):
     refused(*asked_of(copy), saying='add "metadata": {} to it')
 
 
+@pytest.mark.slow
 def test_a_tensor_too_few_is_refused(copy):
     edit_weights(copy, lambda tensors: {name: t for name, t in tensors.items() if name != "model.norm.weight"})
     refused(*asked_of(copy), saying="lacks 1 tensors of the model, the first model.norm.weight")
 
 
+@pytest.mark.slow
 def test_a_tensor_without_a_place_is_refused(copy):
     """As of a model whose projections have biases: without them it would be another one."""
     bias = "model.layers.0.self_attn.o_proj.bias"
@@ -477,17 +490,20 @@ def test_a_tensor_without_a_place_is_refused(copy):
     refused(*asked_of(copy), saying=f"no place for, the first {bias}")
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_refused(copy):
     name = "model.norm.weight"
     edit_weights(copy, lambda t: {**t, name: t[name].to(torch.int8)} if name in t else t)
     refused(*asked_of(copy), saying="is quantised (weights of format I8); expected weights of F16, BF16, F32")
 
 
+@pytest.mark.slow
 def test_settings_for_quantising_are_refused(copy):
     edit_json(copy / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     refused(*asked_of(copy), saying="is quantised (quantization_config in config.json)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "saying"),
     [
@@ -515,12 +531,14 @@ def test_an_end_token_that_only_the_tokenizers_settings_name_is_refused(copy):
         load(copy)
 
 
+@pytest.mark.slow
 def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
     copy = shutil.copytree(original, tmp_path / "model")
     edit_json(copy / "config.json", vision_lora={"r": 8})
     refused(*asked_of(copy), saying="gives no vision_lora with r, lora_alpha and layer")
 
 
+@pytest.mark.slow
 def test_a_vision_lora_of_no_weight_is_refused(copy):
     edit_json(copy / "config.json", vision_lora={"r": 8, "lora_alpha": 0, "layer": VISION_PATTERN})
     if copy.name == "native":
@@ -528,12 +546,14 @@ def test_a_vision_lora_of_no_weight_is_refused(copy):
     refused(*asked_of(copy), saying="of no effect in model.layers.0.")
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(copy):
     """The library would follow it to the base model that it names."""
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}')
     refused(*asked_of(copy), saying="holds an adapter_config.json of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size", "not finite"])
 def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, tmp_path, kind):
     change, saying = ADAPTERS[kind]

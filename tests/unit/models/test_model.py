@@ -79,6 +79,7 @@ def near_the_edge(model) -> Image.Image:
     raise AssertionError("no such size")
 
 
+@pytest.mark.slow
 def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(checkpoint, reference, near_the_edge):
     tokens = 4
     model = load(checkpoint, tokens=tokens)
@@ -99,6 +100,7 @@ def test_questions_on_either_side_of_4096_tokens_and_an_answer_that_crosses_it(c
         assert_equals(model, alone, wanted)
 
 
+@pytest.mark.slow
 def test_a_picture_of_more_than_4096_tokens(checkpoint, reference):
     tokens = 2
     model, picture = load(checkpoint, tokens=tokens), open_picture(DATA / "coffee.jpg").resize((2048, 1536))

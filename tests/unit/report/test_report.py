@@ -69,6 +69,7 @@ def browser(tmp_path_factory) -> Iterator[object]:
         yield session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_whole_at_a_phones_and_a_desks_width(browser, shown, width):
     browser.execute_cdp_cmd("Network.enable", {})
@@ -94,12 +95,14 @@ def test_a_browser_shows_it_whole_at_a_phones_and_a_desks_width(browser, shown, 
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_it_prints_on_a_few_pages(browser, shown):
     browser.get(f"file://{shown / 'report.html'}")
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12
 
 
+@pytest.mark.slow
 def test_it_says_what_became_of_the_rows(shown):
     text = report(shown)
     for count, name in ((31, "rows"), (30, "extracted"), (1, "failed"), (0, "missing")):
