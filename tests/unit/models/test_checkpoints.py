@@ -109,7 +109,7 @@ def test_an_answer_ends_where_either_file_of_the_checkpoint_says(copy):
     asked = [(open_picture(DATA / "cat.jpg"), ["Why?"])]
     whole = load(copy)
     written = []
-    whole.text = lambda tokens: str(written.append(list(tokens)))
+    whole.detokenize = lambda tokens: str(written.append(list(tokens)))
     ask(whole, asked)
     end, *more = written[0]
     assert more, "this answer shows nothing"
