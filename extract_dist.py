@@ -18,7 +18,7 @@ from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.messages import fail, refuse, say, say_for_rank
 from vqa_embeddings.cluster.signals import StopFlag, run_program
 from vqa_embeddings.cluster.world import World, read_world, same_command
-from vqa_embeddings.errors import InputError, NothingFinite, StorageError
+from vqa_embeddings.errors import InputError, NothingFiniteError, StorageError
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -35,7 +35,7 @@ def main() -> int:
         extract_share(options, world, stop)
     except InputError as refusal:
         return refuse(refusal, world)
-    except (StorageError, NothingFinite, OSError) as failure:
+    except (StorageError, NothingFiniteError, OSError) as failure:
         return fail(failure, world, same_command(options.slice))
     return 0
 
@@ -43,8 +43,8 @@ def main() -> int:
 def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
     from vqa_embeddings.app.demo import NOTICE, demo_options
-    from vqa_embeddings.app.launch import describe_run, read_input, start
-    from vqa_embeddings.app.plan_summary import say_plan
+    from vqa_embeddings.app.launch import assign_rows, describe_run, read_input
+    from vqa_embeddings.app.plan_summary import LaunchPlan, summarize_plan
     from vqa_embeddings.app.progress import Progress
     from vqa_embeddings.layers.device import choose_attention, choose_dtype, choose_workers, find_device
     from vqa_embeddings.models.checkpoint import find_checkpoint
@@ -65,17 +65,30 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     if options.plan and not world.main:
         return
     joined = check_run(options.output_dir, run, make=not options.plan)
-    launch = start(options, world, run, table)
-    say_plan(world, options, run, launch, table, pictures, device, dtype, attention, checkpoint)
+    assignment = assign_rows(options, world, run, table)
+    plan = LaunchPlan(
+        options=options,
+        run=run,
+        assignment=assignment,
+        table=table,
+        folder=pictures,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        checkpoint=checkpoint,
+    )
+    if world.main:
+        for sentence in summarize_plan(plan, world):
+            say(world, sentence)
     if options.plan:
         return
-    if not len(launch.rows):
+    if not len(assignment.rows):
         if world.main:
             keep_rows(options.output_dir, write_rows)
         return
 
     from vqa_embeddings.app.extract import extract
-    from vqa_embeddings.app.nan_guard import Probation
+    from vqa_embeddings.app.nan_guard import NaNGuard
     from vqa_embeddings.base.timings import Timings
     from vqa_embeddings.data.decode_options import DecodeOptions
     from vqa_embeddings.models.phi4mm.model import Phi4
@@ -92,7 +105,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     records = extract(
         model,
         table,
-        launch.rows,
+        assignment.rows,
         pictures,
         batch_size=options.batch_size,
         workers=choose_workers(options.num_workers, device),
@@ -100,19 +113,24 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         timings=timings,
         decode_options=decode_options,
     )
-    probation = Probation(launch.rows, launch.pictures[launch.rows], dtype.value, over=launch.stock.extracted > 0)
-    name = launch.stock.launch
+    nan_guard = NaNGuard(
+        assignment.rows,
+        pictures=assignment.pictures[assignment.rows],
+        dtype=dtype.value,
+        finite_before=assignment.state.extracted > 0,
+    )
+    name = assignment.state.launch_name
     shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
     try:
-        with shard, Progress(world, options.output_dir, name, len(launch.rows), launch.slice_pending) as bar:
-            for finished in probation.release(records):
+        with shard, Progress(world, options.output_dir, name, len(assignment.rows), assignment.slice_pending) as bar:
+            for finished in nan_guard.release(records):
                 with timings("waiting for the disk"):
                     shard.add(finished)
                     if stop.is_new():  # the KILL that follows need not wait for the rows in hand
                         shard.begin_commit()
                 bar.update(finished)
     finally:
-        left = len(launch.rows) - shard.committed
+        left = len(assignment.rows) - shard.committed
         done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
         for note, times in timings.notes.items():
             say_for_rank(world, f"{note} ({times} times)" if times > 1 else note)

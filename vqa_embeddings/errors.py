@@ -20,7 +20,7 @@ class StorageError(Exception):
     """
 
 
-class NothingFinite(Exception):
+class NothingFiniteError(Exception):
     """The first rows have all failed by NonFiniteValues, as every other would: exit status 1.
 
     The message is one sentence for the user, as that of `InputError`.

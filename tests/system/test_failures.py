@@ -17,9 +17,9 @@ from tests.helpers.published_reader import read_published
 from tests.helpers.tables import table_rows, write_table
 from tests.system.test_rows import assert_equal_to_reference
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.app.nan_guard import FEW, JUDGED, Probation
+from vqa_embeddings.app.nan_guard import FEW, JUDGED, NaNGuard
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.errors import NothingFinite
+from vqa_embeddings.errors import NothingFiniteError
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.segments import read_failures
 
@@ -178,9 +178,9 @@ def released(
     """The rows that may be committed, and what ended the rank; so many rows are on one picture."""
     passed: list[int] = []
     try:
-        for records in Probation(np.arange(rows), np.arange(rows) // of_a_picture, "float16", over).release(units):
+        for records in NaNGuard(np.arange(rows), np.arange(rows) // of_a_picture, "float16", over).release(units):
             passed += [record.row for record in records]
-    except NothingFinite as error:
+    except NothingFiniteError as error:
         return passed, str(error)
     return passed, ""
 

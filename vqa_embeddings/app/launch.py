@@ -1,4 +1,4 @@
-"""The start of a launch: what there is to do, agreed upon by all its ranks before any of them begins."""
+"""The start of a launch: its input, its run, and which rows each rank is to do. All ranks agree before any begins."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ TEST_ROWS = 3
 
 @dataclass(frozen=True)
 class WorkState:
-    """What an output folder holds of a run, and what is left: what all ranks of a launch have to agree on."""
+    """What an output folder holds of a run, and what is left. All ranks of a launch have to agree on it."""
 
-    launch: str  # name of the launch
+    launch_name: str
     extracted: int  # rows
     failed: int  # rows
     truncated: int  # rows that were extracted on pictures that are cut off
     pending: np.ndarray  # bool [n], the rows that this and other launches are still to do
 
     def to_bytes(self) -> bytes:
-        """As it goes from rank to rank."""
-        counts = {name: getattr(self, name) for name in ("launch", "extracted", "failed", "truncated")}
+        """Serialize it for the other ranks."""
+        counts = {name: getattr(self, name) for name in ("launch_name", "extracted", "failed", "truncated")}
         return json.dumps(counts).encode() + b"\n" + pack(self.pending)
 
     @classmethod
@@ -50,11 +50,11 @@ class WorkState:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch, as one of its ranks sees it."""
+class Assignment:
+    """What one rank of a launch is to do."""
 
-    stock: WorkState
-    slice: tuple[int, int]
+    state: WorkState
+    slice: tuple[int, int]  # index and count
     slice_rows: int  # rows of the table in the slice
     slice_pending: int  # of them, those that this launch is to do
     pictures: np.ndarray  # int64 [n], the picture of each row
@@ -111,21 +111,21 @@ def describe_run(
     )
 
 
-def start(options: ExtractOptions, world: World, run: Run, table: Table) -> Launch:
-    """Agree on the launch's name and on what is still to do, and take this rank's share of it.
+def assign_rows(options: ExtractOptions, world: World, run: Run, table: Table) -> Assignment:
+    """Agree with the other ranks on the launch's name and on what is still to do, and take this rank's share of it.
 
     Only rank 0 reads what the folder holds: what the others would read a moment later might differ, and with it
     their shares.
     """
-    if options.plan:  # which is said by one rank, and writes nothing
-        return share(options, world, read_work_state(options, run, table), table)
+    if options.plan:  # one rank alone prints the plan, and nothing is written
+        return take_share(options, world, read_work_state(options, run, table), table)
     shards = options.output_dir / SHARDS_FOLDER
     data = from_rank_zero(world, shards, lambda: read_work_state(options, run, table).to_bytes())
-    return share(options, world, WorkState.from_bytes(data, len(table)), table)
+    return take_share(options, world, WorkState.from_bytes(data, len(table)), table)
 
 
 def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkState:
-    """See what the output folder holds, and what is to do."""
+    """Scan the output folder for what is done, and derive what is to do."""
     catalog = scan(options.output_dir, run, table)
     coverage = catalog.coverage()
     pending = coverage.failed if options.retry_failed else coverage.missing
@@ -135,10 +135,17 @@ def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkStat
     return WorkState(new_launch(), extracted, failed, truncated, pending)
 
 
-def share(options: ExtractOptions, world: World, stock: WorkState, table: Table) -> Launch:
-    """What this rank is to do of it."""
-    part = options.slice or read_array_slice() or (0, 1)
+def take_share(options: ExtractOptions, world: World, state: WorkState, table: Table) -> Assignment:
+    """The rows of this rank: its share of what its slice of the table still lacks."""
+    slice_ = options.slice or read_array_slice() or (0, 1)
     pictures = table.pictures()
-    inside, rows = share_rows(pictures, stock.pending, part, world.rank, world.size, world.can_agree)
-    todo = int(np.count_nonzero(inside & stock.pending))
-    return Launch(stock, part, int(np.count_nonzero(inside)), todo, pictures, rows)
+    inside, rows = share_rows(pictures, state.pending, slice_, world.rank, world.size, world.can_agree)
+    todo = int(np.count_nonzero(inside & state.pending))
+    return Assignment(
+        state=state,
+        slice=slice_,
+        slice_rows=int(np.count_nonzero(inside)),
+        slice_pending=todo,
+        pictures=pictures,
+        rows=rows,
+    )

@@ -1,4 +1,4 @@
-"""Values that are not finite: one row's own fault, or that of the number format, which is every row's."""
+"""Values that are not finite: are they the fault of one row, or of the number format, which every row has?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from vqa_embeddings.errors import NonFiniteValues, NothingFinite
+from vqa_embeddings.errors import NonFiniteValues, NothingFiniteError
 from vqa_embeddings.records import Extracted, Failed
 
 JUDGED = 32  # rows: where so many fail and none comes out finite, all others would fail too
@@ -14,30 +14,31 @@ FEW = 8  # rows: fewer than that may well be odd ones
 NOT_FINITE = NonFiniteValues.__name__
 
 
-class Probation:
+class NaNGuard:
     """Holds back the rows that failed by NonFiniteValues until a row of the run has come out finite.
 
     The first rows to begin are judged, not the first to end: a row that fails may do so at once, while those beside
-    it that will come out finite are still answering. What failed for another reason is passed on and counts for
-    nothing. What is still held back when the rank ends is missing, so that the next launch does it. One picture may
-    have hundreds of rows and be the only one that is too much for a number format: a second one has to agree.
+    it that will come out finite are still answering. Rows that failed for another reason are passed on and not
+    counted. Rows that are still held back when the rank ends are missing, so that the next launch extracts them.
+    One picture may have hundreds of rows and be the only one that overflows a number format, so rows on a second
+    picture have to fail too.
 
     Args:
         rows: those of this rank, in the order in which they begin.
         pictures: the picture of each, int `[n]`.
         dtype: the number format, as `--dtype` names it.
-        over: whether a row of the run has come out finite before.
+        finite_before: whether a row of the run has come out finite in an earlier launch.
     """
 
     def __init__(
-        self, rows: Sequence[int] | np.ndarray, pictures: Sequence[int] | np.ndarray, dtype: str, over: bool
+        self, rows: Sequence[int] | np.ndarray, pictures: Sequence[int] | np.ndarray, dtype: str, finite_before: bool
     ) -> None:
         self._rows, self._pictures = rows, pictures
         self._dtype = dtype
-        self._over = over
+        self._is_open = finite_before  # whether every record is passed on
         self._held: list[Failed] = []
-        self._ended: dict[int, bool] = {}  # rows from `_place` on, and whether they are held back
-        self._place = 0  # in `rows`, of the first that has not ended
+        self._ended: dict[int, bool] = {}  # rows from `_position` on, and whether they are held back
+        self._position = 0  # in `rows`, of the first that has not ended
         self._failed = 0  # rows before that one which are held back
         self._failed_on: set[int] = set()  # their pictures
 
@@ -45,16 +46,16 @@ class Probation:
         """The records that may be committed.
 
         Args:
-            units: the records that a unit of work has finished each.
+            units: for each unit of work, the records that it has finished.
         Raises:
-            NothingFinite: the first 32 rows, on two pictures at least, have failed by values that are not finite, or
-                all where they are 8 at least. They are not among the records.
+            NothingFiniteError: the first 32 rows, on two pictures at least, have failed by values that are not finite;
+                or all rows have, where they are 8 at least. None of them is among the records.
         """
         for records in units:
-            self._over = self._over or any(isinstance(record, Extracted) for record in records)
-            yield records if self._over else self._hold_back(records)
-            self._over = self._over or self._judge()
-            if self._over and self._held:
+            self._is_open = self._is_open or any(isinstance(record, Extracted) for record in records)
+            yield records if self._is_open else self._hold_back(records)
+            self._is_open = self._is_open or self._all_have_ended()
+            if self._is_open and self._held:
                 yield self._held
                 self._held = []
 
@@ -65,17 +66,21 @@ class Probation:
         self._held += [record for record in failed if record.error == NOT_FINITE]
         return [record for record in failed if record.error != NOT_FINITE]
 
-    def _judge(self) -> bool:
-        """Returns whether all rows have ended, too few of them by values that are not finite to say more."""
-        while self._place < len(self._rows) and (row := int(self._rows[self._place])) in self._ended:
+    def _all_have_ended(self) -> bool:
+        """Whether all rows have ended, without enough failures to blame the number format.
+
+        Raises:
+            NothingFiniteError: there are enough.
+        """
+        while self._position < len(self._rows) and (row := int(self._rows[self._position])) in self._ended:
             if self._ended.pop(row):
                 self._failed += 1
-                self._failed_on.add(int(self._pictures[self._place]))
-            self._place += 1
-        over = self._place == len(self._rows)
-        if self._failed >= FEW if over else self._failed >= JUDGED and len(self._failed_on) > 1:
-            raise NothingFinite(
+                self._failed_on.add(int(self._pictures[self._position]))
+            self._position += 1
+        all_ended = self._position == len(self._rows)
+        if self._failed >= FEW if all_ended else self._failed >= JUDGED and len(self._failed_on) > 1:
+            raise NothingFiniteError(
                 f"none of the first {self._failed} rows came out finite in {self._dtype}, and none of them is "
                 f"committed: {self._held[0].message}"
             )
-        return over
+        return all_ended

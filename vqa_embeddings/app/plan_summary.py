@@ -1,18 +1,17 @@
-"""What a launch is about to do, said before it begins: is it what was meant, and is there room for it?"""
+"""What a launch is about to do, in words, before it begins: is it what was meant, and is there room for it?"""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
-from vqa_embeddings.app.launch import Launch
+from vqa_embeddings.app.launch import Assignment
 from vqa_embeddings.app.options import ExtractOptions
-from vqa_embeddings.cluster.messages import say
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
@@ -25,49 +24,48 @@ from vqa_embeddings.store.parts import count_part_bytes
 from vqa_embeddings.store.run import Run, nearest
 
 GIB = 1 << 30
-LOOKED_FOR = 20  # pictures that are looked for beforehand: a wrong folder lacks them all
+LOOKED_FOR = 20  # pictures that are looked up beforehand: a wrong folder lacks them all
 
 
-def say_plan(world: World, *facts: Any) -> None:
-    """Say, once for all ranks, what `brief` has to say."""
-    if world.main:
-        for sentence in brief(world, *facts):
-            say(world, sentence)
+@dataclass(frozen=True)
+class LaunchPlan:
+    """All that is known of a launch before it begins."""
+
+    options: ExtractOptions
+    run: Run
+    assignment: Assignment
+    table: Table
+    folder: PictureFolder
+    device: Device
+    dtype: Choice
+    attention: Choice
+    checkpoint: Checkpoint
 
 
-def brief(
-    world: World,
-    options: ExtractOptions,
-    run: Run,
-    launch: Launch,
-    table: Table,
-    folder: PictureFolder,
-    device: Device,
-    dtype: Choice,
-    attention: Choice,
-    checkpoint: Checkpoint,
-) -> Iterator[str]:
-    """The plan, a sentence a line."""
-    stock, pending = launch.stock, launch.slice_pending
-    yield f"rows: {run.rows} on {describe_pictures(launch.pictures)}"
-    yield f"columns: {table.columns.describe()}"
+def summarize_plan(plan: LaunchPlan, world: World) -> Iterator[str]:
+    """The plan, one sentence a line. It ends with warnings of what looks wrong."""
+    options, run, assignment = plan.options, plan.run, plan.assignment
+    state, pending = assignment.state, assignment.slice_pending
+    device, dtype, attention = plan.device, plan.dtype, plan.attention
+    yield f"rows: {run.rows} on {describe_pictures(assignment.pictures)}"
+    yield f"columns: {plan.table.columns.describe()}"
     again = ", tried again now" if options.retry_failed else ""
-    yield f"done before: {stock.extracted} rows extracted, {stock.failed} failed{again}"
-    if stock.truncated:
-        yield f"{stock.truncated} rows done before on pictures that are cut off"
-    index, count = launch.slice
-    share = f", slice {index} of {count} with {launch.slice_rows} rows" if count > 1 else ""
-    share += ", from the Slurm array: --slice 0/1 takes the whole table" if count > 1 and not options.slice else ""
-    yield f"this launch: {pending} rows to do now, {describe_ranks(world, pending)}{share}"
+    yield f"done before: {state.extracted} rows extracted, {state.failed} failed{again}"
+    if state.truncated:
+        yield f"{state.truncated} rows done before on pictures that are cut off"
+    index, count = assignment.slice
+    slice_ = f", slice {index} of {count} with {assignment.slice_rows} rows" if count > 1 else ""
+    slice_ += ", from the Slurm array: --slice 0/1 takes the whole table" if count > 1 and not options.slice else ""
+    yield f"this launch: {pending} rows to do now, {describe_ranks(world, pending)}{slice_}"
     free = shutil.disk_usage(nearest(options.output_dir)).free
     to_write, parts = pending * run.row_bytes, max(0, run.rows * run.row_bytes - count_part_bytes(options.output_dir))
     yield (
-        f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {size(to_write)} to write now, "
-        f"{size(parts)} for the parts later; {size(free)} free in {options.output_dir}"
+        f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {format_size(to_write)} to write now, "
+        f"{format_size(parts)} for the parts later; {format_size(free)} free in {options.output_dir}"
     )
     lora = "none: the weights hold it" if run.lora == "none" else run.lora
     yield f"model: {run.model} ({run.layout} layout, vision LoRA {lora}), layers {', '.join(map(str, run.layers))}"
-    yield f"{describe_crops(checkpoint.pictures)}; end tokens: {', '.join(checkpoint.ends.values())}"
+    yield f"{describe_crops(plan.checkpoint.pictures)}; end tokens: {', '.join(plan.checkpoint.ends.values())}"
     yield f"device: {device.description}{describe_devices(device)}"
     if device.memory:
         yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
@@ -75,10 +73,10 @@ def brief(
     shortage = find_shortage(free, to_write, parts)
     if shortage:
         yield f"warning: little room in {options.output_dir}: {shortage}; make room"
-    absent = find_absent(folder, table, launch)
+    absent = find_absent(plan.folder, plan.table, assignment)
     if absent:
         yield f"warning: {absent}; check --images-dir"
-    yield from (f"warning: {oddity}" for oddity in find_warnings(table))
+    yield from (f"warning: {oddity}" for oddity in find_warnings(plan.table))
     if not pending:
         yield f"nothing to do; next: python merge_shards.py --output-dir {shlex.quote(str(options.output_dir))}"
 
@@ -120,9 +118,9 @@ def describe_memory(total: int, processes: int) -> str:
     return f"{total / GIB:.1f} GiB on the GPU{each}"
 
 
-def find_absent(folder: PictureFolder, table: Table, launch: Launch) -> str | None:
-    """Says so where none of the first pictures to come is there."""
-    names = dict.fromkeys(table.images[int(row)] for row in islice(launch.rows, 50 * LOOKED_FOR))
+def find_absent(folder: PictureFolder, table: Table, assignment: Assignment) -> str | None:
+    """A warning where none of the first pictures of this rank is there, else None."""
+    names = dict.fromkeys(table.images[int(row)] for row in islice(assignment.rows, 50 * LOOKED_FOR))
     tried = list(islice(names, LOOKED_FOR))
     if not tried or any(map(folder.find, tried)):
         return None
@@ -132,7 +130,7 @@ def find_absent(folder: PictureFolder, table: Table, launch: Launch) -> str | No
 
 
 def find_shortage(free: int, segments: int, parts: int) -> str | None:
-    """What the disk has no room for, as a sentence; None where it has.
+    """A sentence on what the disk has no room for; None where all fits.
 
     Args:
         free: bytes that are free now.
@@ -140,12 +138,14 @@ def find_shortage(free: int, segments: int, parts: int) -> str | None:
         parts: bytes of the parts that are not there yet, which the merge writes beside the segments.
     """
     if segments > free:
-        return f"it needs about {size(segments)} and {size(free)} are free: the run will end when the disk is full"
+        needed = f"it needs about {format_size(segments)} and {format_size(free)} are free"
+        return f"{needed}: the run will end when the disk is full"
     if segments + parts > free:
-        return f"the merge needs about {size(parts)} more, and {size(free - segments)} will be left for it"
+        left = format_size(free - segments)
+        return f"the merge needs about {format_size(parts)} more, and {left} will be left for it"
     return None
 
 
-def size(count: int) -> str:
-    """Bytes as a person says them."""
+def format_size(count: int) -> str:
+    """A number of bytes for people, in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
