@@ -52,8 +52,8 @@ from vqa_embeddings.cluster import signals
 class Counting(signals.StopFlag):
     heard = 0
 
-    def _hear(self, number):
-        super()._hear(number)
+    def _receive(self, number):
+        super()._receive(number)
         self.heard += 1
 
 signals.REPEAT_SECONDS = 600  # until all three are heard, on whatever machine

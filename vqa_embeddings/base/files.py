@@ -45,7 +45,7 @@ def publish(path: Path, write: Callable[[Path], Any], *, replace: bool = True) -
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written ({error.strerror or error}); what was committed before is safe, "
-            f"make room or mend the disk, and {SAME_COMMAND}"
+            f"make room or repair the disk, and {SAME_COMMAND}"
         ) from error
     finally:
         with suppress(OSError):
@@ -58,15 +58,15 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: the next best, which two writers at once could cross
+    except OSError:  # a file system without hard links: here two writers at once could both succeed
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(temporary, path)
 
 
 def publish_text(path: Path, text: str, *, replace: bool = True) -> bool:
-    """`publish` for a short text, encoded as UTF-8 with its line ends as they are."""
-    # What stands for a byte that is no text, in the name of a file, has no UTF-8; as an escape JSON reads it back.
+    """`publish` for a short text, encoded as UTF-8, its line ends unchanged."""
+    # A surrogate that stands for a byte of a file's name has no UTF-8. JSON reads its escape back.
     data = text.encode(errors="backslashreplace")
     return publish(path, lambda temporary: temporary.write_bytes(data), replace=replace)
 
@@ -78,13 +78,13 @@ def publish_json(path: Path, value: Any, *, replace: bool = True) -> bool:
 
 @contextmanager
 def new_csv(path: Path, header: Sequence[str]) -> Iterator[Callable[[Sequence[str]], object]]:
-    """Begin a CSV file, UTF-8, with `\\n` line ends, and give what adds a row to it."""
+    """Begin a CSV file in UTF-8 with `\\n` line ends. Yields the function that adds a row."""
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         usual = csv.writer(stream, lineterminator="\n")
         quoting = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
         def add(row: Sequence[str]) -> object:
-            # Up to Python 3.12 the usual one leaves a carriage return bare, where a reader would end the line.
+            # Up to Python 3.12 the usual writer does not quote a carriage return: readers would end the line there.
             return (quoting if any("\r" in field for field in row) else usual).writerow(row)
 
         add(header)
@@ -115,7 +115,7 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: it is not there.
-        StorageError: it cannot be read, which says nothing about what it holds.
+        StorageError: it cannot be read, which does not mean that it is damaged.
     """
     try:
         yield
@@ -126,7 +126,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; nothing where there is none. `Path.glob` takes what cannot be read for empty.
+    """The entries of a folder by name; none if it does not exist. `Path.glob` would take an unreadable one for empty.
 
     Raises:
         StorageError: it cannot be read.
@@ -164,13 +164,13 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def sync_and_hash(path: Path) -> str:
-    """`sync` and `sha256` of a file that has just been written, the one while the other waits for the disk."""
+    """`sync` and `sha256`, at the same time, of a file that has just been written. Returns the hash."""
     with ThreadPoolExecutor(1) as disk:
         synced = disk.submit(sync, path)
         digest = sha256(path)
-        synced.result()  # raises what the disk has to say
+        synced.result()  # raises the error of `sync`
     return digest
 
 
 def _not_read(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path} cannot be read ({error.strerror or error}); mend the disk, and {SAME_COMMAND}")
+    return StorageError(f"{path} cannot be read ({error.strerror or error}); repair the disk, and {SAME_COMMAND}")

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by stage of the work, and what else is worth knowing of it."""
+"""Where the time goes: seconds by stage of the work, and notes for the user."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ OUTSIDE = ("waiting for pictures", "waiting for the disk", "records")
 
 
 class Timings:
-    """Adds up wall time by stage. On a GPU work is only queued by most stages, and waited for by those that read it."""
+    """Adds up wall time by stage. Most stages only queue work on a GPU; those that read its results wait for it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.notes: Counter[str] = Counter()  # sentences that the user should read at the end, and how often each came
+        self.notes: Counter[str] = Counter()  # sentences for the end of the run, and how often each occurred
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""MPI, through mpi4py where that is installed: what brings together the ranks that `mpirun` started.
+"""MPI, through mpi4py where that is installed: how the ranks that `mpirun` started find each other.
 
-MPI ends all ranks when one of them dies between its beginning and its end; MPICH's takes the process's end for that of
-MPI. A rank of the extraction therefore leaves MPI to a process of its own, which is gone before the rank does anything.
+When a rank dies after MPI_Init and before MPI_Finalize, MPI ends all ranks; with MPICH that lasts until the process
+ends. So a rank of the extraction uses MPI only in a child process, which has ended before the rank does anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vqa_embeddings.base.child_processes import follow_parent, start_child
 from vqa_embeddings.base.console import remind_while_waiting
 from vqa_embeddings.errors import InputError, one_line
 
-OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: what a launcher of the one has started, only its libraries can join
+OPEN_MPI, MPICH = "Open MPI", "MPICH"  # families: the ranks of a launcher need a library of its family
 MEETING_SECONDS = 600  # for all ranks to start a Python, from a busy file system
 
 
@@ -29,7 +29,7 @@ class NoMPI(Exception):
 
 
 def load_mpi(family: str | None) -> Any:
-    """mpi4py's `MPI`, not yet begun, with a library of the given family: one of the other would end the process.
+    """mpi4py's `MPI`, not yet initialized, with a library of the given family: the other's would end the process.
 
     Raises:
         NoMPI: mpi4py, or such a library, is not installed; or no MPI has started the ranks.
@@ -53,7 +53,7 @@ def load_mpi(family: str | None) -> Any:
 
 
 def begin_mpi(family: str | None, rank: int, size: int) -> Any:
-    """mpi4py's `MPI`, begun by all ranks of the launch, each of which comes to the same conclusion.
+    """mpi4py's `MPI`, initialized by all ranks of the launch. Either all of them succeed or none.
 
     Raises:
         NoMPI: as `load_mpi`; or MPI's ranks are not the launch's.
@@ -87,16 +87,16 @@ def remind_from_child(rank: int, size: int) -> Iterator[None]:
 
 
 def print_reminders(rank: int, size: int, parent: int) -> None:
-    """What the process that `remind_from_child` starts does."""
+    """The child process of `remind_from_child`."""
     follow_parent(signal.SIGKILL, parent)
     remind_while_waiting(rank, lambda: f"the other ranks of {size} to begin MPI", time.sleep)
 
 
 def agree_on_key(family: str, rank: int, size: int) -> str | None:
-    """A name that all ranks of this launch have in common with no other launch; None where MPI cannot tell them.
+    """A name that all ranks of this launch share with no other launch; None where MPI cannot find the ranks.
 
     Raises:
-        InputError: MPI was there and did not work, so that the other ranks may think otherwise.
+        InputError: MPI is installed and failed, so that the other ranks may have come to another result.
     """
     # MPICH's launcher talks to its ranks through a descriptor that they inherit.
     streams = {"close_fds": False, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
@@ -119,8 +119,8 @@ def agree_on_key(family: str, rank: int, size: int) -> str | None:
 
 
 def print_key(family: str, rank: int, size: int, parent: int) -> None:
-    """What the process that `agree_on_key` starts does: print rank 0's key, or nothing."""
-    follow_parent(signal.SIGKILL, parent)  # MPICH would wait for the other ranks for good, and mpirun for this process
+    """The child process of `agree_on_key`: prints rank 0's key, or nothing."""
+    follow_parent(signal.SIGKILL, parent)  # or MPICH would wait for other ranks forever, and mpirun for this process
     try:
         mpi = begin_mpi(family, rank, size)
     except NoMPI as reason:

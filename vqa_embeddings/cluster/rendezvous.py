@@ -29,14 +29,16 @@ PLAN, NO_PLAN = b"plan", b"no plan"  # the first line of the file through which 
 
 
 def from_rank_zero(world: World, folder: Path, make: Callable[[], bytes]) -> bytes:
-    """What rank 0 made, at every rank of the launch: the one exchange, at start-up, and none after it.
+    """What rank 0 made, at every rank of the launch.
 
-    Under torchrun it goes through the launcher's own key-value store; under srun and mpirun through a file below
-    `folder`, which all ranks share, in a folder named after the launch. Never NCCL. Ranks that cannot agree each get
-    their own.
+    Under torchrun it goes through the launcher's own key-value store, and under srun and mpirun through a file. It
+    never takes NCCL. Ranks that cannot agree each make their own.
 
+    Args:
+        folder: shared by all ranks. The file lies there, in a folder named after the launch.
+        make: is called at rank 0, or at a rank that stands in for it.
     Raises:
-        InputError: rank 0 has refused, or has failed to make it; or the ranks do not meet.
+        InputError: rank 0 has refused, or has failed to make it; or the ranks have not met in time.
     """
     if world.size == 1 or not world.can_agree:
         return make()
@@ -69,7 +71,7 @@ def _through_store(world: World, folder: Path, make: Callable[[], bytes]) -> byt
     store.add("read", 1)
     if world.main:
         deadline = time.monotonic() + START_UP_SECONDS
-        with remind_meanwhile(world.rank, (0,), lambda: f"{name_ranks(_not_come(store, world.size))} to begin"):
+        with remind_meanwhile(world.rank, (0,), lambda: f"{name_ranks(_missing_ranks(store, world.size))} to begin"):
             while store.add("read", 0) < world.size and time.monotonic() < deadline:
                 time.sleep(0.05)
     return payload
@@ -79,12 +81,12 @@ def _rank_zero(folder: Path) -> str:
     return f"rank 0, which reads what {folder.parent} holds before any rank begins"
 
 
-def _not_come(store: Any, size: int) -> list[int]:
+def _missing_ranks(store: Any, size: int) -> list[int]:
     return [rank for rank in range(size) if not store.check([f"read/{rank}"])]
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """These ranks in words, and only the first of many by their numbers; the last ones may come at this moment."""
+    """These ranks in words, and of many the first ones. There are none if the last have come in the meantime."""
     if not ranks:
         return "the last ranks"
     named, more = ranks[:NAMED_RANKS], len(ranks) - NAMED_RANKS
@@ -93,7 +95,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def put(store: Any, payload: bytes) -> None:
-    """Leave the plan in the launcher's store, in pieces that it takes; the number of them last."""
+    """Put the plan into the launcher's store, in pieces of a size that it accepts, and then their number."""
     pieces = [payload[start : start + STORE_BYTES] for start in range(0, len(payload), STORE_BYTES)]
     for number, piece in enumerate(pieces):
         store.set(f"plan/{number}", piece)
@@ -101,14 +103,14 @@ def put(store: Any, payload: bytes) -> None:
 
 
 def take(store: Any) -> bytes:
-    """What rank 0 has left in the store, or will."""
+    """Wait for the plan that rank 0 puts into the store, and return it."""
     return b"".join(store.get(f"plan/{number}") for number in range(int(store.get("plan"))))
 
 
 def _through_file(world: World, folder: Path, make: Callable[[], bytes]) -> bytes:
-    """The launch's plan. Rank 0 makes it at once, and each further rank where all before it seem not to live.
+    """The launch's plan. Rank 0 makes it at once; rank N makes it after N times `STAND_IN_SECONDS` without one.
 
-    A script may run the program several times in one job step: each rank takes each plan once, in their order.
+    A script may run the program several times in one job step: each rank takes each plan once, in order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = f"-taken-by-{world.rank}"
@@ -134,7 +136,7 @@ def _through_file(world: World, folder: Path, make: Callable[[], bytes]) -> byte
 
 
 def _publish_plan(path: Path, make: Callable[[], bytes]) -> None:
-    """Make the plan, and leave it, or why there is none, for all ranks: the first one that is there counts."""
+    """Make the plan and publish it for all ranks, or why there is none. The first file published counts."""
     try:
         content = PLAN + b"\n" + make()
     except Exception as error:

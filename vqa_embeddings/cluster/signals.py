@@ -1,4 +1,4 @@
-"""How the process is asked to stop, and how it ends: a signal sets a flag, a second one ends it at once."""
+"""How the process is asked to stop, and how it ends: the first signal sets a flag, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StopFlag:
 
     So does the first, with status 0, until `defer` is called: while the model is loaded there is nothing to lose.
 
-    A thread of its own hears the signals: Python's handlers wait until the main thread has computed what it is at,
-    which would keep a second signal waiting, and make the echo of the first look like a second.
+    A thread of its own reads the signals. Python calls handlers in the main thread, between two of its instructions: a
+    long computation there would delay a second signal, and make an echo of the first look like a second one.
     """
 
     SIGNALS = STOP_SIGNALS
@@ -33,21 +33,22 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._since = 0.0
-        self._told = False
+        self._reported = False
         self._deferred = False
 
-    def install(self, say_farewell: Callable[[str], object]) -> StopFlag:
-        """Take the signals over. Before this call they end the process at once, which harms nothing either.
+    def install(self, on_early_stop: Callable[[str], object]) -> StopFlag:
+        """Handle the signals from here on. Before this call they end the process at once, which loses nothing either.
 
         Args:
-            say_farewell: is called with the signal's name where the first request ends the process.
+            on_early_stop: is called with the signal's name if the first request comes before `defer` and so ends the
+                process.
         """
-        self._say_farewell = say_farewell
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # a launcher may hand its own mask down
-        ear, mouth = os.pipe()
-        os.set_blocking(mouth, False)
-        signal.set_wakeup_fd(mouth)
-        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+        self._on_early_stop = on_early_stop
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # a launcher may pass its own mask on
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+        signal.set_wakeup_fd(sender)
+        threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         for number in self.SIGNALS:
             signal.signal(number, lambda number, frame: None)
         return self
@@ -61,24 +62,24 @@ class StopFlag:
         return self.signal is not None
 
     def is_new(self) -> bool:
-        """Whether the run was asked to stop and this has not said so before: true once."""
-        if self._told or not self.requested():
+        """Whether the run was asked to stop, and this method has not returned true before."""
+        if self._reported or not self.requested():
             return False
-        self._told = True
+        self._reported = True
         return True
 
-    def _listen(self, ear: int) -> None:
+    def _listen(self, receiver: int) -> None:
         while True:
-            for number in os.read(ear, 64):
-                self._hear(number)
+            for number in os.read(receiver, 64):
+                self._receive(number)
 
-    def _hear(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
             if not self._deferred:
                 try:
-                    self._say_farewell(self.signal)
-                finally:  # also where nobody reads what is said
+                    self._on_early_stop(self.signal)
+                finally:  # also where the message cannot be written
                     os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
@@ -87,9 +88,9 @@ class StopFlag:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end the process with its status, or with 1 and the traceback after an error.
 
-    It ends without the interpreter's own clean-up, which waits for every thread, also for one that reads a picture
-    from a dead file server, and during which a signal changes the status. Until a `StopFlag` is there, INT ends the
-    process as quietly as TERM.
+    It ends without the interpreter's own clean-up. That waits for every thread, even one that reads a picture from a
+    dead file server, and a signal during it changes the status. Until a `StopFlag` is installed, INT ends the process
+    without a traceback, as TERM does.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -27,7 +27,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    launch_key: str | None = None  # what all ranks of one launch, and no others, have in common
+    launch_key: str | None = None  # the same at all ranks of one launch, and at no others
     mpi: str | None = None  # the family of MPI libraries through which the launcher's ranks find each other, if one can
 
     @property
@@ -42,16 +42,16 @@ class World:
 
 
 def read_world() -> World:
-    """`read_ranks`, and under `mpirun` the key that its ranks have in common, where mpi4py is installed.
+    """`read_ranks`, and under `mpirun` the key that its ranks share, where mpi4py is installed.
 
-    A launcher that would leave its ranks behind has them asked to stop when it ends.
+    Under a launcher that may end and leave its ranks running, the kernel is told to ask this rank to stop then.
 
     Raises:
         InputError: as `read_ranks`; or MPI is there and does not work.
     """
     world = read_ranks()
     if world.launcher == "torchrun" or _is_child_of_accelerate():
-        # USR1, USR2 and KILL end torchrun without a word to its ranks, and every signal accelerate with one process.
+        # USR1, USR2 and KILL end torchrun before it can stop its ranks; so does any signal accelerate with one process.
         follow_parent(signal.SIGTERM, os.getppid())
     if world.launcher == "mpi" and world.mpi and world.size > 1:
         with remind_meanwhile(world.rank, (0, 1), lambda: f"the other ranks of {world.size} to begin MPI"):
@@ -66,7 +66,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> World:
     under `sbatch` alone, which has no step, is one process whatever `SLURM_NTASKS` says.
 
     Raises:
-        InputError: the variables say what cannot be, or each task of one launcher has begun another one.
+        InputError: the variables contradict each other, or each task of one launcher has started another launcher.
     """
     outer = _read_mpi(environment) or _read_step(environment) or World()
     return _read_torchrun(environment, outer) or outer
@@ -82,12 +82,12 @@ def _is_child_of_accelerate() -> bool:
 
 
 def _read_torchrun(env: Mapping[str, str], outer: World) -> World | None:
-    """What torchrun's variables say; None where they are not there, or only repeat what the launcher outside says."""
+    """What torchrun's variables say; None where they are not set, or only repeat what the outer launcher says."""
     given = env.keys() & {"RANK", "WORLD_SIZE"}
-    outside = {"RANK": str(outer.rank), "WORLD_SIZE": str(outer.size)}
+    repeats = {"RANK": str(outer.rank), "WORLD_SIZE": str(outer.size)}
     # Scripts for srun and mpirun set these too; torchrun's own processes, one a node, count themselves besides.
-    repeated = outer.launcher != "none" and "GROUP_WORLD_SIZE" not in env
-    if not given or (repeated and all(env[name] == outside[name] for name in given)):
+    may_repeat = outer.launcher != "none" and "GROUP_WORLD_SIZE" not in env
+    if not given or (may_repeat and all(env[name] == repeats[name] for name in given)):
         return None
     rank, size = _read_place(env, "RANK", "WORLD_SIZE")
     if outer.size > 1 and _read_number(env, "GROUP_WORLD_SIZE", "1") < 2:
@@ -120,7 +120,7 @@ def _read_step(env: Mapping[str, str]) -> World | None:
     if "SLURM_STEP_ID" not in env:
         return None
     place = _read_place(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    # The port is srun's own: job numbers come again, on another cluster or after a long time.
+    # The port is srun's own. Job numbers alone are used again, on another cluster or after a long time.
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_SRUN_COMM_PORT")
     key = "-".join(env.get(name, "0") for name in names)
     family = OPEN_MPI if "PMIX_RANK" in env else MPICH if "PMI_RANK" in env else None
@@ -159,7 +159,7 @@ def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, 
     """The slice of a task of a Slurm array: its index, and how many tasks there are.
 
     Raises:
-        InputError: the array's task numbers are not evenly spaced, or are no numbers.
+        InputError: the array's task numbers are not evenly spaced, or not numbers.
     """
     env = environment
     if "SLURM_ARRAY_TASK_ID" not in env:
@@ -176,11 +176,11 @@ def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, 
 
 
 def same_command(given: tuple[int, int] | None, environment: Mapping[str, str] = os.environ) -> str:
-    """What goes on with the work of this process, as the end of a sentence.
+    """How to continue the work of this process, as the end of a sentence.
 
     Args:
-        given: the slice that its command names. Otherwise the environment may, which another shell does not have, and
-            one that was begun inside the array still has.
+        given: the slice that its command names. Without one, the slice is the Slurm array's, which a shell outside the
+            array does not know and a shell started inside it does.
     """
     array = None
     with suppress(InputError):
