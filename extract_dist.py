@@ -47,8 +47,7 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     from vqa_embeddings.app.plan_summary import LaunchPlan, summarize_plan
     from vqa_embeddings.app.progress import Progress
     from vqa_embeddings.layers.device import choose_attention, choose_dtype, choose_workers, find_device
-    from vqa_embeddings.models.checkpoint import find_checkpoint
-    from vqa_embeddings.models.hub import MODEL
+    from vqa_embeddings.models.registry import default_family, find_checkpoint
     from vqa_embeddings.store.run import check_run, claim_run, keep_rows
     from vqa_embeddings.store.segments import ShardWriter
 
@@ -57,7 +56,8 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             say(world, NOTICE)
         options = demo_options(options)
     table, pictures, write_rows = read_input(options)
-    checkpoint = find_checkpoint(options.model or MODEL, options.revision, options.cache_dir, options.lora)
+    model_name = options.model or default_family().default_model
+    checkpoint = find_checkpoint(model_name, options.revision, options.cache_dir, options.lora)
     device = find_device(world.local_rank)
     dtype = choose_dtype(options.dtype, device)
     attention = choose_attention(options.attn_implementation, dtype.value, device)
@@ -91,11 +91,10 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     from vqa_embeddings.app.nan_guard import NaNGuard
     from vqa_embeddings.base.timings import Timings
     from vqa_embeddings.data.decode_options import DecodeOptions
-    from vqa_embeddings.models.phi4mm.model import Phi4
-    from vqa_embeddings.models.phi4mm.weights import load_model
 
-    loaded = load_model(checkpoint, device.name, dtype.value, attention.value, options.lora)
-    model = Phi4(*loaded, options.max_new_tokens)
+    model = checkpoint.family.load(
+        checkpoint, device.name, dtype.value, attention.value, options.lora, options.max_new_tokens
+    )
     began = claim_run(options.output_dir, run)
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, write_rows)

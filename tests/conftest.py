@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.launching import COPIES, ROOT, TOKENS, arguments_for
 from tests.helpers.sharing import locked
 from tests.helpers.tables import table_rows, write_table
-from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

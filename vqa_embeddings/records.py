@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ class Extracted:
     vision_only: np.ndarray  # float32 [vision]
     vision_token: np.ndarray  # float32 [layers, hidden]
     query_token: np.ndarray  # float32 [layers, hidden]
-    pixel_mean: np.ndarray  # float32 [448]
+    extra: Mapping[str, np.ndarray]  # further vectors of its picture, float32 [n], by their names in a part
     answer: str
     truncated: bool = False  # its picture is cut off, and what there is of it was shown
 

@@ -10,11 +10,12 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vqa_embeddings.app.demo import DATA, SMALL, Sizes, make_checkpoint
+from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.table_reader import read_table
-from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.models.phi4mm.model import Phi4
+from vqa_embeddings.models.phi4mm.random_checkpoint import SMALL, Sizes, make_checkpoint
 from vqa_embeddings.models.phi4mm.weights import load_model
+from vqa_embeddings.models.registry import find_checkpoint
 
 # The real model's proportions, as far as they can be kept, at a hundredth of its parameters: 35 million in the
 # decoder's layers, a vision tower of a tenth of that, and a head of a fifth.

@@ -146,7 +146,7 @@ def _record(random: np.random.Generator, row: int) -> Extracted:
     vision_only = random.standard_normal(VISION, np.float32)
     states = random.standard_normal((2, len(LAYERS), HIDDEN), np.float32)
     answer = f"There are {row} of them, as far as one can see."
-    return Extracted(row, vision_only, states[0], states[1], np.zeros(448, np.float32), answer)
+    return Extracted(row, vision_only, states[0], states[1], {}, answer)
 
 
 def _published_input(out: Path, rows: int) -> tuple[Table, list[Extracted]]:

@@ -187,7 +187,7 @@ def _account(clock: Timings, out: Path) -> float:
 
 def _extracted(row: int) -> Extracted:
     states = np.zeros((len(LAYERS), HIDDEN), np.float32)
-    return Extracted(row, np.zeros(VISION, np.float32), states, states, np.zeros(0, np.float32), "yes")
+    return Extracted(row, np.zeros(VISION, np.float32), states, states, {}, "yes")
 
 
 def _failed(row: int) -> Failed:

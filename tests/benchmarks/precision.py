@@ -17,13 +17,14 @@ from tests.benchmarks import smollm2
 from tests.helpers.asking import load
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import LARGEST, Reference, cosine, relative_error
-from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.extract import extract
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, select
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.layers.device import find_device
 from vqa_embeddings.models.phi4mm.model import Phi4
+from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
 LIBRARY = "the library in bfloat16"
 FORMATS = ("float32", "float16", "bfloat16")

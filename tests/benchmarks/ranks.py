@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.inputs import questions, write_pictures
-from vqa_embeddings.app.demo import make_checkpoint
+from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 RANKS = 2

@@ -63,7 +63,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _loop(out: Path) -> dict[str, np.ndarray]:
     vectors = {}
-    for path in sorted(out.glob(NAMES["grouped"].format(0).replace("000", "*"))):
+    for path in sorted(out.glob(NAMES["grouped"].format(prefix="*", number="*"))):
         with h5py.File(path) as file:
             for identity, group in file.items():
                 vectors[identity] = group[f"query_token_representation/layer_{LAYER}"][:]

@@ -18,6 +18,7 @@ import numpy as np
 
 from vqa_embeddings.cluster import sharding as plan
 from vqa_embeddings.store.parts import NAMES
+from vqa_embeddings.store.run import FIRST_FILE_PREFIX
 
 ROWS, QUICK_ROWS = 100_000_000, 10_000_000
 RANKS, TASKS = 1024, 128  # in one launch, or as so many array tasks of 8
@@ -159,7 +160,7 @@ def arithmetic() -> Iterator[str]:
             f"| {all_ranks / SEGMENT_ROWS:.0f} | {all_ranks / questions:,.0f} | {8 * rate * SEGMENT_BYTES / 1e6:.0f} |"
         )
     entry = {
-        "file": NAMES["grouped"].format(99_999),
+        "file": NAMES["grouped"].format(prefix=FIRST_FILE_PREFIX, number=99_999),
         "first_row": 1,
         "last_row": ROWS,
         "samples": 1000,

@@ -32,7 +32,6 @@ from transformers.initialization import no_init_weights
 from tests.benchmarks.inputs import FULL, questions, write_pictures
 from tests.gpu.fake_device import FakeDevice, Operator
 from tests.helpers.asking import load
-from vqa_embeddings.app import demo
 from vqa_embeddings.app.extract import extract
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
@@ -40,6 +39,7 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.runner import Runner
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers.gpu_claims import Claim
+from vqa_embeddings.models.phi4mm import random_checkpoint
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.weights import quiet_library
 from vqa_embeddings.records import Failed
@@ -234,7 +234,7 @@ def _load_small() -> tuple[Any, Any, Any]:
     """Config, tokenizer and image processor of the small checkpoint."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "checkpoint"
-        demo.make_checkpoint(folder)
+        random_checkpoint.make_checkpoint(folder)
         model, tokenizer, processor = load(folder, "cpu", "float32")
     return model.config, tokenizer, processor
 
@@ -242,8 +242,10 @@ def _load_small() -> tuple[Any, Any, Any]:
 def _config(scene: Scene, small: Any, tokenizer: Any) -> Any:
     if not scene.full:
         return small
-    sizes = demo.Sizes(FULL.decoder, FULL.vision, demo.SMALL.audio, FULL.rank)
-    config = Phi4MultimodalConfig(**demo._config(sizes, tokenizer.get_added_vocab(), FULL.decoder["vocab_size"]))
+    sizes = random_checkpoint.Sizes(FULL.decoder, FULL.vision, random_checkpoint.SMALL.audio, FULL.rank)
+    config = Phi4MultimodalConfig(
+        **random_checkpoint._config(sizes, tokenizer.get_added_vocab(), FULL.decoder["vocab_size"])
+    )
     config._attn_implementation = small._attn_implementation
     return config
 

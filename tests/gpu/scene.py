@@ -17,9 +17,10 @@ from tests.gpu.report import say
 from tests.helpers.original_layout import write_original
 from tests.helpers.reference import Expected, Reference
 from tests.helpers.tables import table_rows, write_table
-from vqa_embeddings.app.demo import DATA, make_checkpoint
+from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers.device import Device, find_device, versions
+from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
 TOKENS = 8  # of the answers that are held against the reference
 PICTURES = {"coffee.jpg": 4, "astronaut.jpg": 4}  # with masked patches, and without any; how many questions of each

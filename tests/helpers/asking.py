@@ -10,9 +10,9 @@ from tests.helpers.launching import TOKENS
 from tests.helpers.reference import strict_error
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.engine.core import Engine
-from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.weights import load_model
+from vqa_embeddings.models.registry import find_checkpoint
 from vqa_embeddings.records import Extracted, Failed
 
 TOLERANCE = 1e-4

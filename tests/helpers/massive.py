@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vqa_embeddings.app.demo import EMBEDDING_GAIN
-from vqa_embeddings.models.checkpoint import ADAPTER_FOLDER, ADAPTER_WEIGHTS, find_checkpoint
+from vqa_embeddings.models.phi4mm.checkpoint import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from vqa_embeddings.models.phi4mm.random_checkpoint import EMBEDDING_GAIN
 from vqa_embeddings.models.phi4mm.weights import load_model
+from vqa_embeddings.models.registry import find_checkpoint
 
 DIMENSION, EVERYWHERE, AT_THE_FIRST = 40, 3000.0, 20000.0
 LAYER, NEURON, SHARPNESS = 1, 0, 10.0  # of the neuron that finds the first token: the sharper, the fewer others

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tests.helpers.launching import command, merge, run
 from tests.helpers.published_reader import read_published
 from tests.helpers.tables import table_rows
-from vqa_embeddings.app.demo import DATA, NOTICE, make_checkpoint
+from vqa_embeddings.app.demo import DATA, NOTICE
+from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
 
 def test_the_demo_needs_nothing_but_itself(tmp_path):

@@ -161,7 +161,7 @@ def test_a_picture_is_shown_as_its_exif_says(tmp_path, checkpoint, reference):
 
 
 def finite(row: int) -> Extracted:
-    return Extracted(row, *[np.zeros(1, np.float32)] * 4, answer="yes")
+    return Extracted(row, *[np.zeros(1, np.float32)] * 3, extra={}, answer="yes")
 
 
 def not_finite(row: int) -> Failed:

@@ -22,7 +22,7 @@ from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import RowError
-from vqa_embeddings.models.checkpoint import find_checkpoint
+from vqa_embeddings.models.registry import find_checkpoint
 from vqa_embeddings.records import Extracted
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -20,7 +20,7 @@ from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, sample, select
 from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.layers.device import Choice, Device, versions
-from vqa_embeddings.models.checkpoint import Checkpoint
+from vqa_embeddings.models.base import Checkpoint
 from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import SHARDS_FOLDER, Run, known_columns
 
@@ -106,6 +106,9 @@ def describe_run(
         vision_size=checkpoint.vision_size,
         device=device.kind,
         versions=versions(),
+        model_type=checkpoint.family.model_type,
+        file_prefix=checkpoint.family.file_prefix,
+        extra_vectors=checkpoint.extra_vectors if options.pixel_mean else {},
         images_dir=from_disk(options.images_dir.resolve()) if options.images_dir else "",
         columns=dict(table.columns.names),
     )

@@ -214,7 +214,7 @@ def _parts_now(options: MergeOptions, catalog: Catalog, coverage: Coverage, plan
     """
     planned = [
         Part(
-            part_path(options.output_dir, options.layout, plan.number),
+            part_path(options.output_dir, catalog.run, options.layout, plan.number),
             options.layout,
             plan.number,
             plan.first,
@@ -297,7 +297,7 @@ def _job(options: MergeOptions, catalog: Catalog, coverage: Coverage, plan: Part
     rows = plan.first + np.flatnonzero(coverage.extracted[plan.first : plan.last])
     parts = [part for part in catalog.parts if part.number == plan.number]
     return PartJob(
-        path=part_path(options.output_dir, options.layout, plan.number),
+        path=part_path(options.output_dir, catalog.run, options.layout, plan.number),
         layout=options.layout,
         number=plan.number,
         first=plan.first,

@@ -18,8 +18,7 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_warnings import find_warnings
 from vqa_embeddings.errors import quoted
 from vqa_embeddings.layers.device import Choice, Device, count_processes
-from vqa_embeddings.models.checkpoint import Checkpoint
-from vqa_embeddings.models.phi4mm.settings import CROPS, PictureSettings
+from vqa_embeddings.models.base import Checkpoint
 from vqa_embeddings.store.parts import count_part_bytes
 from vqa_embeddings.store.run import Run, nearest
 
@@ -63,9 +62,9 @@ def summarize_plan(plan: LaunchPlan, world: World) -> Iterator[str]:
         f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {format_size(to_write)} to write now, "
         f"{format_size(parts)} for the parts later; {format_size(free)} free in {options.output_dir}"
     )
-    lora = "none: the weights hold it" if run.lora == "none" else run.lora
-    yield f"model: {run.model} ({run.layout} layout, vision LoRA {lora}), layers {', '.join(map(str, run.layers))}"
-    yield f"{describe_crops(plan.checkpoint.pictures)}; end tokens: {', '.join(plan.checkpoint.ends.values())}"
+    form = plan.checkpoint.family.describe_form(plan.checkpoint, run.lora)
+    yield f"model: {run.model} ({form}), layers {', '.join(map(str, run.layers))}"
+    yield plan.checkpoint.family.describe_settings(plan.checkpoint)
     yield f"device: {device.description}{describe_devices(device)}"
     if device.memory:
         yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
@@ -90,12 +89,6 @@ def describe_pictures(pictures: np.ndarray) -> str:
     each = f"{fewest}" if fewest == most else f"{fewest} to {most} ({counts.mean():.1f} on average)"
     questions = "question" if most == 1 else "questions"
     return f"{len(counts)} picture{'s' * (len(counts) > 1)}, {each} {questions} a picture"
-
-
-def describe_crops(pictures: PictureSettings) -> str:
-    """How finely pictures are seen, and who says so."""
-    source = f"by {pictures.crops_from}" if pictures.crops_from else f"assumed: no file of the checkpoint names {CROPS}"
-    return f"crops: {pictures.crops} a picture at most, {source}"
 
 
 def describe_ranks(world: World, pending: int) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from vqa_embeddings.app.options import ExtractOptions, MergeOptions
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS
-from vqa_embeddings.models.hub import MODEL, MODEL_CACHE
+from vqa_embeddings.models.hub import MODEL_CACHE
+from vqa_embeddings.models.registry import default_family
 
+MODEL = default_family().default_model
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 LORA = ("merged", "adapter", "none")

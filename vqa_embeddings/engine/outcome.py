@@ -37,7 +37,7 @@ def make_record(
             vision_only=entry.vision_only,
             vision_token=sequence.vision_token,
             query_token=sequence.query_token,
-            pixel_mean=entry.image.extra["pixel_mean_representation"],
+            extra=entry.image.extra,
             answer=detokenize(output),
             truncated=entry.image.truncated,
         ),

@@ -37,6 +37,7 @@ class Checkpoint:
     layers: list[int]  # the decoder layers whose states are stored
     hidden_size: int
     vision_size: int
+    extra_vectors: dict[str, int]  # that can be stored beside on demand, their lengths by their names in a part
     dtype: str  # of the weights as they are stored
     fingerprint: str
     config: dict[str, Any] = field(repr=False)
@@ -46,10 +47,18 @@ class ModelFamily(Protocol):
     """One kind of model: how its checkpoints are recognised, inspected and loaded. Importing it imports no torch."""
 
     name: str  # for people
-    model_types: Sequence[str]  # of `config.json`
+    model_types: Mapping[str, str]  # of `config.json`, and what each means
     default_model: str  # name on the hub
+    default_revision: str  # of that model
     file_prefix: str  # what its part files begin with, as published
     model_type: str  # attribute of its part files, as published
+
+    def explain_folder(self, folder: Path) -> None:
+        """Say what a folder without a `config.json` is, where it is known from something else.
+
+        Raises:
+            InputError: it is; with what to do.
+        """
 
     def inspect(self, folder: Path, name: str, revision: str, config: dict[str, Any], lora: str) -> Checkpoint:
         """What a checkpoint of this family is, by its files.
@@ -58,8 +67,11 @@ class ModelFamily(Protocol):
             InputError: it is not whole, or not what it should be.
         """
 
-    def describe(self, checkpoint: Any) -> list[str]:
-        """Sentences of the plan about how the checkpoint is going to be used."""
+    def describe_form(self, checkpoint: Any, lora: str) -> str:
+        """For the plan, what kind of checkpoint it is, and what is done with its adapter."""
+
+    def describe_settings(self, checkpoint: Any) -> str:
+        """For the plan, what the checkpoint's files settle about pictures and answers."""
 
     def load(
         self, checkpoint: Any, device: str, dtype: str, attention: str, lora: str, max_new_tokens: int

@@ -8,15 +8,11 @@ from pathlib import Path
 from vqa_embeddings.base.environment import names_hub_cache
 from vqa_embeddings.errors import InputError, one_line
 
-MODEL = "microsoft/Phi-4-multimodal-instruct"
 MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there too
-NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
 WANTED, UNWANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"], ["speech-lora/*"]
 
 
-def download(
-    model: str, revision: str | None, cache_dir: Path | None, is_whole: Callable[[Path], bool]
-) -> tuple[Path, str]:
+def download(model: str, revision: str, cache_dir: Path | None, is_whole: Callable[[Path], bool]) -> tuple[Path, str]:
     """Find a model in a cache, or download it.
 
     Args:
@@ -29,7 +25,6 @@ def download(
     """
     from huggingface_hub import constants
 
-    revision = revision or (NATIVE_REVISION if model == MODEL else "main")
     caches = [cache_dir] if cache_dir else [MODEL_CACHE, Path(constants.HF_HUB_CACHE)]
     whole = [len(caches) > 1 and _has(model, revision, cache, is_whole) for cache in caches]
     begun = [bool(_revisions(model, cache)) for cache in caches]

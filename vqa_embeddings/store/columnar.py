@@ -19,7 +19,7 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store.hdf5 import Groups, get_dataset
 from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import CHUNK_ROWS, PIXEL_MEAN, VECTORS, read_truncated, write_truncated
+from vqa_embeddings.store.segments import CHUNK_ROWS, VECTORS, read_truncated, write_truncated
 
 TEXTS = ("question_id", "image_id", "question", "ground_truth_answer", "answer")
 
@@ -70,11 +70,16 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
         np.stack([get_dataset(file, f"{name}/layer_{layer}")[:] for layer in run.layers], axis=1)
         for name in VECTORS[1:]
     ]
-    means = get_dataset(file, PIXEL_MEAN)[:] if run.pixel_mean else np.zeros((len(answers), 0), np.float32)
+    extra = {name: get_dataset(file, name)[:] for name in run.extra_vectors}
     truncated = read_truncated(file, len(answers)).tolist()
     return [
         Extracted(
-            *(row, vision_only[place], states[0][place], states[1][place], means[place], answers[place]),
+            row=row,
+            vision_only=vision_only[place],
+            vision_token=states[0][place],
+            query_token=states[1][place],
+            extra={name: matrix[place] for name, matrix in extra.items()},
+            answer=answers[place],
             truncated=truncated[place],
         )
         for row, place in zip(rows, places.tolist(), strict=True)
@@ -84,8 +89,8 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
 def _matrices(records: Sequence[Extracted], run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """The vectors of all rows, each float32 `[n, size]`, by name."""
     yield VECTORS[0], np.stack([record.vision_only for record in records])
-    if run.pixel_mean:
-        yield PIXEL_MEAN, np.stack([record.pixel_mean for record in records])
+    for name in run.extra_vectors:
+        yield name, np.stack([record.extra[name] for record in records])
     for index, layer in enumerate(run.layers):
         yield f"{VECTORS[1]}/layer_{layer}", np.stack([record.vision_token[index] for record in records])
         yield f"{VECTORS[2]}/layer_{layer}", np.stack([record.query_token[index] for record in records])

@@ -19,11 +19,11 @@ from vqa_embeddings.errors import InputError, StorageError, one_line
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.hdf5 import misread, new_file, open_file, open_verified, stamp_of, text_of
-from vqa_embeddings.store.run import COVERAGE_FILE, MODEL_TYPE, Run
+from vqa_embeddings.store.run import COVERAGE_FILE, Run
 from vqa_embeddings.store.segments import CHECKSUM, UNUSABLE, Corrupt, read_records
 
 # How the files of each layout are named, and what writes and reads them.
-NAMES = {"grouped": "phi4_multimodal_embeddings_part_{:03d}.h5", "columnar": "phi4_multimodal_columns_part_{:03d}.h5"}
+NAMES = {"grouped": "{prefix}_embeddings_part_{number}.h5", "columnar": "{prefix}_columns_part_{number}.h5"}
 LAYOUTS = {"grouped": grouped, "columnar": columnar}
 
 
@@ -75,9 +75,9 @@ class PartJob:
     compression: str
 
 
-def part_path(folder: Path, layout: str, number: int) -> Path:
-    """Where part `number` lies."""
-    return folder / NAMES[layout].format(number)
+def part_path(folder: Path, run: Run, layout: str, number: int) -> Path:
+    """Where part `number` of a run lies."""
+    return folder / NAMES[layout].format(prefix=run.file_prefix, number=f"{number:03d}")
 
 
 def announced_path(path: Path) -> Path:
@@ -117,8 +117,8 @@ def recorded_hashes(folder: Path) -> dict[str, set[str]]:
 
 
 def count_part_bytes(folder: Path, layout: str = "grouped") -> int:
-    """What the parts that are there take on the disk."""
-    return sum(path.stat().st_size for path in _find_parts(folder, layout).values())
+    """What the parts that are there take on the disk, whatever run they are of."""
+    return sum(path.stat().st_size for path in folder.glob(NAMES[layout].format(prefix="*", number="*")))
 
 
 def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[Corrupt]]:
@@ -132,7 +132,7 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     corrupt: list[Corrupt] = []
     recorded = recorded_hashes(folder)
     for layout in LAYOUTS:
-        for number, path in _find_parts(folder, layout).items():
+        for number, path in _find_parts(folder, run, layout).items():
             read = partial(_read_part, path, layout, number, run, table, path.name in recorded)
             try:
                 parts.append(_read_surely(read, path, recorded.get(path.name, set())))
@@ -165,7 +165,7 @@ def read_source(source: Source | OldRows, table: Table, first: int, run: Run) ->
         first: position of its first row in the run's table.
     """
     if isinstance(source, Source):
-        return read_records(source.path, source.positions, run.pixel_mean)
+        return read_records(source.path, source.positions, run.extra_vectors)
     with open_verified(source.path) as file:
         return LAYOUTS[source.layout].read_rows(file, source.rows, table, first, run)
 
@@ -192,7 +192,8 @@ def _check_sizes(records: Sequence[Extracted], job: PartJob) -> None:
     states = (len(run.layers), run.hidden_size)
     for record in records:
         found = (record.vision_only.shape, record.vision_token.shape, record.query_token.shape)
-        if found != ((run.vision_size,), states, states) or record.pixel_mean.shape != records[0].pixel_mean.shape:
+        extra = {name: len(vector) for name, vector in record.extra.items()}
+        if found != ((run.vision_size,), states, states) or extra != run.extra_vectors:
             raise StorageError(
                 f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found))}; expected "
                 f"({run.vision_size},) and twice {states}: its file is not this run's, move it away, and merge again"
@@ -204,7 +205,7 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
     with new_file(path) as file:
         attributes = {
             "model_name": run.model,
-            "model_type": MODEL_TYPE,
+            "model_type": run.model_type,
             "device": run.device,
             "dtype": run.dtype,
             "created_at": run.created_at,
@@ -228,9 +229,9 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
             LAYOUTS[job.layout].write_rows(file, records, job.rows, job.first, run, job.compression)
 
 
-def _find_parts(folder: Path, layout: str) -> dict[int, Path]:
-    """The files in the output folder that are named like parts of this layout, by number."""
-    before, _, after = NAMES[layout].partition("{:03d}")
+def _find_parts(folder: Path, run: Run, layout: str) -> dict[int, Path]:
+    """The files in the output folder that are named like the run's parts of this layout, by number."""
+    before, after = NAMES[layout].format(prefix=run.file_prefix, number="\0").split("\0")
     pattern = re.compile(re.escape(before) + r"(\d{3,})" + re.escape(after))
     named = ((pattern.fullmatch(path.name), path) for path in list_folder(folder))
     return dict(sorted((int(match[1]), path) for match, path in named if match))

@@ -20,7 +20,9 @@ RUN_FILE = "run.json"
 ROWS_FILE = "rows.csv"
 COVERAGE_FILE = "coverage.json"
 SHARDS_FOLDER = "shards"
-MODEL_TYPE = "phi-4-multimodal"
+# What runs of earlier versions, which knew one model, do not say of it.
+FIRST_MODEL_TYPE, FIRST_FILE_PREFIX = "phi-4-multimodal", "phi4_multimodal"
+FIRST_EXTRA_VECTORS = {"pixel_mean_representation": 448}  # with --pixel-mean
 
 # What every launch into one folder must agree on, and how an error names it. The rest of a run is only recorded:
 # the same weights under another path are the same model, and its vectors do not depend on the kind of device.
@@ -64,13 +66,16 @@ class Run:
     device: str
     versions: dict[str, str]
     created_at: str = ""
+    model_type: str = FIRST_MODEL_TYPE  # attribute of its parts
+    file_prefix: str = FIRST_FILE_PREFIX  # what the names of its parts begin with
+    extra_vectors: dict[str, int] = field(default_factory=dict)  # that are stored beside, by their names in a part
     images_dir: str = ""  # where its pictures lay, for the report's small ones
     columns: dict[str, str] = field(default_factory=dict)  # of its table, by role; of earlier versions empty
 
     @property
     def row_bytes(self) -> int:
         """What the vectors of one row take, on the disk as in memory."""
-        return 4 * (self.vision_size + 2 * len(self.layers) * self.hidden_size)
+        return 4 * (self.vision_size + 2 * len(self.layers) * self.hidden_size + sum(self.extra_vectors.values()))
 
     @property
     def key(self) -> str:
@@ -149,6 +154,8 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("pixel_mean") and "extra_vectors" not in values:
+            values["extra_vectors"] = FIRST_EXTRA_VECTORS
         run = Run(**{known.name: values[known.name] for known in fields(Run) if known.name in values})
         if not isinstance(run.columns, dict):
             raise TypeError(f"columns {run.columns!r}")

@@ -33,7 +33,6 @@ FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
 LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
 VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
-PIXEL_MEAN = "pixel_mean_representation"
 TRUNCATED = "picture_truncated"  # only where there is such a row: bool, whether its picture is cut off
 NO_CHECKSUM = "its checksum is not there"
 # What a file raises that is not what its name says.
@@ -74,7 +73,8 @@ class ShardWriter:
         self._token = secrets.token_hex(3)  # two copies of the same rank never meet in a name
         self._number = 0
         self._pending: list[Extracted | Failed] = []
-        self._filling, self._spare = _Memory(), _Memory()  # for what is pending, and for what is being written
+        # For what is pending, and for what is being written.
+        self._filling, self._spare = _Memory(run.extra_vectors), _Memory(run.extra_vectors)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="segments")
         self._behind: tuple[Future[None], list[Extracted | Failed]] | None = None
         self.committed = 0
@@ -137,21 +137,29 @@ class _Memory:
     """
 
     BLOCK = 1000  # rows
-    VECTORS = ("vision_only", "vision_token", "query_token", "pixel_mean")
 
-    def __init__(self) -> None:
-        self._blocks: list[tuple[np.ndarray, ...]] = []
+    def __init__(self, extra: Iterable[str]) -> None:
+        self._extra = tuple(extra)
+        self._blocks: list[list[np.ndarray]] = []
 
     def keep(self, place: int, record: Extracted) -> Extracted:
         """The same record, its vectors copied to this place."""
-        vectors = [getattr(record, name) for name in self.VECTORS]
+        extra = [record.extra[name] for name in self._extra]
+        vectors = [record.vision_only, record.vision_token, record.query_token, *extra]
         block, index = divmod(place, self.BLOCK)
         if block == len(self._blocks):
-            self._blocks.append(tuple(np.empty((self.BLOCK, *vector.shape), np.float32) for vector in vectors))
-        rooms = self._blocks[block]
-        for room, vector in zip(rooms, vectors, strict=True):
-            room[index] = vector
-        return replace(record, **{name: room[index] for name, room in zip(self.VECTORS, rooms, strict=True)})
+            self._blocks.append([np.empty((self.BLOCK, *vector.shape), np.float32) for vector in vectors])
+        copies = [room[index] for room in self._blocks[block]]
+        for copy, vector in zip(copies, vectors, strict=True):
+            copy[...] = vector
+        vision_only, vision_token, query_token, *extra = copies
+        return replace(
+            record,
+            vision_only=vision_only,
+            vision_token=vision_token,
+            query_token=query_token,
+            extra=dict(zip(self._extra, extra, strict=True)),
+        )
 
 
 def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, table: Table) -> None:
@@ -224,21 +232,28 @@ def _find_no_checksum(path: Path) -> str | None:
     return None if checksum_path(path).exists() else NO_CHECKSUM
 
 
-def read_records(path: Path, positions: Sequence[int], pixel_mean: bool) -> list[Extracted]:
-    """The records at these positions of a segment's extracted rows; their vectors are views of what was read."""
-    lowest, highest = min(positions), max(positions) + 1
+def read_records(path: Path, positions: Sequence[int], extra: Iterable[str]) -> list[Extracted]:
+    """The records at these positions of a segment's extracted rows; their vectors are views of what was read.
+
+    Args:
+        extra: names of the further vectors that it holds.
+    """
+    extra, lowest, highest = list(extra), min(positions), max(positions) + 1
     with open_verified(path) as file:
-        names = ("row", "answer", *VECTORS, *([PIXEL_MEAN] if pixel_mean else ()))
-        rows, answers, *vectors = (get_dataset(file, name)[lowest:highest] for name in names)
-        vision_only, vision_token, query_token, means = (*vectors, np.zeros((len(rows), 0), np.float32))[:4]
+        columns = {name: get_dataset(file, name)[lowest:highest] for name in ("row", "answer", *VECTORS, *extra)}
         truncated = read_truncated(file, len(get_dataset(file, "row")))[lowest:highest].tolist()
-        return [
-            Extracted(
-                *(int(rows[i]), vision_only[i], vision_token[i], query_token[i], means[i], answers[i].decode()),
-                truncated=truncated[i],
-            )
-            for i in (position - lowest for position in positions)
-        ]
+    return [
+        Extracted(
+            row=int(columns["row"][place]),
+            vision_only=columns[VECTORS[0]][place],
+            vision_token=columns[VECTORS[1]][place],
+            query_token=columns[VECTORS[2]][place],
+            extra={name: columns[name][place] for name in extra},
+            answer=columns["answer"][place].decode(),
+            truncated=truncated[place],
+        )
+        for place in (position - lowest for position in positions)
+    ]
 
 
 def read_truncated(file: h5py.File, count: int) -> np.ndarray:
@@ -271,15 +286,9 @@ def read_failures(path: Path) -> list[Failed]:
 
 
 def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
-    count, layers = len(records), len(run.layers)
-    shapes = {
-        VECTORS[0]: (run.vision_size,),
-        VECTORS[1]: (layers, run.hidden_size),
-        VECTORS[2]: (layers, run.hidden_size),
-    }
-    fields = dict(zip(VECTORS, ("vision_only", "vision_token", "query_token"), strict=True))
-    if run.pixel_mean and records:
-        shapes[PIXEL_MEAN], fields[PIXEL_MEAN] = records[0].pixel_mean.shape, "pixel_mean"
+    count, states = len(records), (len(run.layers), run.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = dict(zip(VECTORS, ((run.vision_size,), states, states), strict=True))
+    shapes.update({name: (size,) for name, size in run.extra_vectors.items()} if records else {})
     file.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
     _write_text(file, "question_id", [_short(table.ids[record.row]) for record in records])
     _write_text(file, "image_id", [_short(table.images[record.row]) for record in records])
@@ -288,9 +297,15 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
     for name, shape in shapes.items():
         data = np.empty((count, *shape), np.float32)
         for position, record in enumerate(records):
-            data[position] = getattr(record, fields[name])
+            data[position] = _vector(record, name)
         chunks = (min(CHUNK_ROWS, count), *shape) if count else None
         file.create_dataset(name, data=data, chunks=chunks, fletcher32=bool(count), track_times=False)
+
+
+def _vector(record: Extracted, name: str) -> np.ndarray:
+    """A vector of a record, or its states in all layers, by the name in a segment."""
+    own = dict(zip(VECTORS, (record.vision_only, record.vision_token, record.query_token), strict=True))
+    return own[name] if name in own else record.extra[name]
 
 
 def _write_failed(group: h5py.Group, records: Sequence[Failed], table: Table) -> None:

@@ -24,8 +24,9 @@ from vqa_embeddings.engine.runner import Runner, _power_of_two
 from vqa_embeddings.layers.attention import Partial, attend_partially, merge_partials, merge_two
 from vqa_embeddings.layers.kv_cache import BLOCK, Capacity, KVGroup, Prefix, count_blocks
 from vqa_embeddings.layers.prefix_sharing import share_first_blocks, share_named_blocks
+from vqa_embeddings.models.phi4mm.checkpoint import PIXEL_MEAN
 from vqa_embeddings.models.phi4mm.decoder import LONGEST_PREFIX
-from vqa_embeddings.models.phi4mm.model import PIXEL_MEAN, Phi4
+from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, needed_patches
 from vqa_embeddings.records import Extracted
 

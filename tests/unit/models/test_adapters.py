@@ -19,9 +19,9 @@ from tests.system.test_refusals import edit_adapter, refused
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.errors import InputError
-from vqa_embeddings.models.checkpoint import find_checkpoint
 from vqa_embeddings.models.phi4mm.adapters import check_shares
 from vqa_embeddings.models.phi4mm.weights import load_model
+from vqa_embeddings.models.registry import find_checkpoint
 
 RANK, ALPHA = 8, 16  # of the small checkpoint's vision LoRA
 QKV = "model.layers.0.self_attn.qkv_proj"

@@ -30,10 +30,10 @@ from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers.device import Device, _no_flash_package, choose_attention, choose_dtype
 from vqa_embeddings.models import checkpoint as checkpoints
-from vqa_embeddings.models.checkpoint import find_checkpoint
-from vqa_embeddings.models.hub import MODEL, NATIVE_REVISION
+from vqa_embeddings.models.phi4mm import MODEL, NATIVE_REVISION
 from vqa_embeddings.models.phi4mm.formats import IMAGE_TOKENS
 from vqa_embeddings.models.phi4mm.weights import _load_image_processor, load_model
+from vqa_embeddings.models.registry import find_checkpoint
 
 PART = "phi4_multimodal_embeddings_part_001.h5"
 

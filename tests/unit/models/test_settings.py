@@ -7,7 +7,6 @@ from io import StringIO
 
 import pytest
 
-from vqa_embeddings.app.plan_summary import describe_crops
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.models.phi4mm import settings
 from vqa_embeddings.models.phi4mm.settings import HEAD, added_tokens, find_ends, find_picture_settings
@@ -46,7 +45,7 @@ def test_the_number_of_crops_is_taken_from_wherever_it_is_named(preprocessor, pr
 def test_where_no_place_names_a_number_of_crops_the_models_own_is_assumed(files):
     found = pictures(*files)
     assert (found.crops, found.given["dynamic_hd"], found.crops_from) == (36, 36, None)
-    assert describe_crops(found) == "crops: 36 a picture at most, assumed: no file of the checkpoint names dynamic_hd"
+    assert found.describe() == "crops: 36 a picture at most, assumed: no file of the checkpoint names dynamic_hd"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,73 @@
-"""The family of Phi-4-multimodal."""
+"""The family of Phi-4-multimodal, with its vision LoRA.
+
+`checkpoint` and, for its single files, `formats`, `settings` and `adapters` say what a folder holds, without torch.
+`weights` loads it, `random_checkpoint` writes a small one. `model` is the protocol's face of what was loaded, `vision`
+its SigLIP and projector, `decoder` its language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqa_embeddings.models.base import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from vqa_embeddings.models.phi4mm.checkpoint import Phi4Checkpoint
+
+MODEL = "microsoft/Phi-4-multimodal-instruct"
+NATIVE_REVISION = "refs/pr/70"  # of MODEL on the hub: the revision that the library's own tests use
+
+
+class Phi4Family:
+    """A `ModelFamily`. What takes long to import is imported by the methods."""
+
+    def __init__(self) -> None:
+        self.name = "Phi-4-multimodal"
+        self.model_types: Mapping[str, str] = {
+            "phi4_multimodal": "the native layout",
+            "phi4mm": "the original layout",
+        }
+        self.default_model, self.default_revision = MODEL, NATIVE_REVISION
+        self.file_prefix, self.model_type = "phi4_multimodal", "phi-4-multimodal"
+
+    def explain_folder(self, folder: Path) -> None:
+        """See `ModelFamily.explain_folder`."""
+        from vqa_embeddings.models.phi4mm.checkpoint import refuse_adapter_alone
+
+        refuse_adapter_alone(folder)
+
+    def inspect(self, folder: Path, name: str, revision: str, config: dict[str, Any], lora: str) -> Phi4Checkpoint:
+        """See `ModelFamily.inspect`."""
+        from vqa_embeddings.models.phi4mm.checkpoint import inspect
+
+        return inspect(self, folder, name, revision, config, lora)
+
+    def describe_form(self, checkpoint: Phi4Checkpoint, lora: str) -> str:
+        """See `ModelFamily.describe_form`."""
+        used = "none: the weights hold it" if lora == "none" else lora
+        return f"{checkpoint.layout} layout, vision LoRA {used}"
+
+    def describe_settings(self, checkpoint: Phi4Checkpoint) -> str:
+        """See `ModelFamily.describe_settings`."""
+        return f"{checkpoint.pictures.describe()}; end tokens: {', '.join(checkpoint.ends.values())}"
+
+    def load(
+        self, checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str, lora: str, max_new_tokens: int
+    ) -> VisionLanguageModel:
+        """See `ModelFamily.load`."""
+        from vqa_embeddings.models.phi4mm.model import Phi4
+        from vqa_embeddings.models.phi4mm.weights import load_model
+
+        model, tokenizer, image_processor = load_model(checkpoint, device, dtype, attention, lora)
+        return Phi4(model, tokenizer, image_processor, max_new_tokens)
+
+    def write_random_checkpoint(self, folder: Path) -> None:
+        """See `ModelFamily.write_random_checkpoint`."""
+        from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
+
+        make_checkpoint(folder)
+
+
+FAMILY = Phi4Family()

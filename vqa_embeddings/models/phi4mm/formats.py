@@ -69,19 +69,6 @@ SHARED_SETTINGS = (
 )
 
 
-def find_layout(where: str, config: dict[str, Any]) -> str:
-    """The layout of a checkpoint, by its `config.json`.
-
-    Raises:
-        InputError: it is neither of the two.
-    """
-    found = config.get("model_type")
-    if not isinstance(found, str) or found not in LAYOUTS:
-        known = " or ".join(f"{model_type!r} (the {layout} layout)" for model_type, layout in LAYOUTS.items())
-        raise InputError(f"{where} holds a checkpoint of model_type {found!r}; expected {known}, check --model")
-    return LAYOUTS[found]
-
-
 def native_settings(original: dict[str, Any], image_token: int, audio_token: int) -> dict[str, Any]:
     """The settings of an original checkpoint, as the library's `Phi4MultimodalConfig` takes them.
 

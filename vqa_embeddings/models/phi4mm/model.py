@@ -25,12 +25,12 @@ from vqa_embeddings.layers.device import to_device
 from vqa_embeddings.layers.kv_cache import KVCache
 from vqa_embeddings.models.base import EncodedImage, FinishReason, ForwardInputs, ModelSpec
 from vqa_embeddings.models.checkpoint import kept_layers
+from vqa_embeddings.models.phi4mm.checkpoint import PIXEL_MEAN
 from vqa_embeddings.models.phi4mm.decoder import GROUP, Decoder
 from vqa_embeddings.models.phi4mm.formats import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
 from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, Pixels, Vision
 
 SHORT, LONG = 0, 1  # rotary factors
-PIXEL_MEAN = "pixel_mean_representation"  # what the published script stored as vision_only, [448]
 
 # What the tokenizer's `rstrip` tokens swallow after them: Unicode's White_Space, which str.strip() exceeds.
 WHITE_SPACE = (

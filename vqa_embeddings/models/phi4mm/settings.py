@@ -33,6 +33,11 @@ class PictureSettings:
     crops: int
     crops_from: str | None  # where the checkpoint names them; None: nowhere
 
+    def describe(self) -> str:
+        """How finely pictures are seen, and who says so."""
+        assumed = f"assumed: no file of the checkpoint names {CROPS}"
+        return f"crops: {self.crops} a picture at most, {f'by {self.crops_from}' if self.crops_from else assumed}"
+
 
 def find_picture_settings(where: str, files: Mapping[str, dict[str, Any]], config: dict[str, Any]) -> PictureSettings:
     """The settings of a checkpoint's image processor, which may stand in several places.

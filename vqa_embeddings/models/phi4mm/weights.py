@@ -12,8 +12,8 @@ from PIL import Image
 from vqa_embeddings.base.file_names import for_libraries
 from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.layers.device import keep_float32
-from vqa_embeddings.models.checkpoint import Adapter, Checkpoint
 from vqa_embeddings.models.phi4mm.adapters import check_shares
+from vqa_embeddings.models.phi4mm.checkpoint import Adapter, Phi4Checkpoint
 from vqa_embeddings.models.phi4mm.formats import (
     IMAGE_TOKENS,
     ORIGINAL_AUDIO_TOKEN,
@@ -39,7 +39,7 @@ def quiet_library() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: str, attention: str, lora: str) -> tuple[Any, Any, Any]:
+def load_model(checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str, lora: str) -> tuple[Any, Any, Any]:
     """Load the model with its vision LoRA, and what prepares its input.
 
     Args:
@@ -96,7 +96,7 @@ def _not_the_files() -> tuple[type[Exception], ...]:
     return torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, ImportError
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+def _load_tokenizer(checkpoint: Phi4Checkpoint) -> Any:
     """The tokenizer that splits text as `tokenizer.json` says; added tokens have the flags of `tokenizer_config.json`.
 
     The class that a checkpoint names (GPT2Tokenizer) would split text its own way from transformers 5 on, silently.
@@ -115,11 +115,11 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def _image_token(checkpoint: Checkpoint, tokenizer: Any) -> str:
+def _image_token(checkpoint: Phi4Checkpoint, tokenizer: Any) -> str:
     return getattr(tokenizer, "image_token", None) or IMAGE_TOKENS[checkpoint.layout]
 
 
-def _load_image_processor(checkpoint: Checkpoint) -> Any:
+def _load_image_processor(checkpoint: Phi4Checkpoint) -> Any:
     """The library's own in either layout, given what the checkpoint says.
 
     By itself it reads one of the places where that may stand, and takes its own values where it finds none there.
@@ -131,7 +131,7 @@ def _load_image_processor(checkpoint: Checkpoint) -> Any:
     return processor
 
 
-def _load_config(checkpoint: Checkpoint, tokenizer: Any) -> Any:
+def _load_config(checkpoint: Phi4Checkpoint, tokenizer: Any) -> Any:
     """The library's config, from either layout."""
     from transformers import Phi4MultimodalConfig
 
@@ -162,7 +162,7 @@ def _model_without_audio() -> Any:
     return WithoutAudio
 
 
-def _check_tensors(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
+def _check_tensors(checkpoint: Phi4Checkpoint, loading: dict[str, Any]) -> None:
     """Every tensor that is read is there, of the right size, and every one that is there has its place."""
     if loading["mismatched_keys"]:
         name, found, expected = min(loading["mismatched_keys"])
