@@ -13,9 +13,9 @@ import pytest
 from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
 from tests.unit.store.test_embeddings import COLUMNS
 from vqa_embeddings import open_embeddings
-from vqa_embeddings.app.launch import Launch, read_work_state
+from vqa_embeddings.app.launch import Assignment, read_work_state
 from vqa_embeddings.app.merge import check, merge
-from vqa_embeddings.app.plan_summary import brief
+from vqa_embeddings.app.plan_summary import LaunchPlan, summarize_plan
 from vqa_embeddings.cli.options import parse_extract, parse_merge
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.records import Extracted, Failed
@@ -105,9 +105,11 @@ def test_the_plan_says_how_many_there_are(out):
     options = parse_extract(None, ["--demo", "--output-dir", str(out)])
     run = read_run(out)
     table = read_run_rows(out, run)
-    stock = read_work_state(options, run, table)
-    launch = Launch(type(stock).from_bytes(stock.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0))
-    lines = list(islice(brief(World(), options, run, launch, table, *[None] * 5), 4))
+    state = read_work_state(options, run, table)
+    assignment = Assignment(
+        type(state).from_bytes(state.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0)
+    )
+    lines = list(islice(summarize_plan(LaunchPlan(options, run, assignment, table, *[None] * 5), World()), 4))
     assert lines[2:] == [
         f"done before: {ROWS} rows extracted, 0 failed",
         f"{len(MARKED)} rows done before on pictures that are cut off",
