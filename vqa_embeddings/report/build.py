@@ -22,7 +22,7 @@ from vqa_embeddings.errors import one_line
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.report.agreement import OTHER, YES_NO, agrees, count_yes_no
 from vqa_embeddings.report.charts import draw_norms, draw_states, draw_throughput, project
-from vqa_embeddings.report.page import Answer, Failure, Page
+from vqa_embeddings.report.page import FailureGroup, Page, ShownAnswer, render
 from vqa_embeddings.report.thumbnails import make_thumbnails
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
@@ -30,16 +30,16 @@ from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
 from vqa_embeddings.store.run import Run
 
 REPORT_FILE = "report.html"
-SAMPLE, STRETCHES = 500, 20  # rows that are looked at, in so many stretches
+SAMPLE, STRETCHES = 500, 20  # rows that are looked at, and in how many stretches
 SHOWN = 24  # answers that are shown
-STRIPES = 200  # of the strip over the table
+STRIPES = 200  # of the strip that shows the coverage
 TOKENS = ("query_token", "vision_token")
 EXAMPLES = 3  # of each reason for which rows failed
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some of the extracted rows."""
+    """Some of the extracted rows, and whether each answer agrees with its ground truth (None: there is none)."""
 
     records: Sequence[Extracted]
     agreement: Sequence[bool | None]
@@ -53,23 +53,24 @@ def write_report(
     summary: Mapping[str, object],
     read: Callable[[np.ndarray], list[Extracted]],
 ) -> None:
-    """Write the report, unless the one that is there says the same.
+    """Write the report, unless the one that is there was made from the same.
 
     Args:
         failures: why rows failed, by row.
-        summary: what `coverage.json` says.
+        summary: the contents of `coverage.json`.
         read: reads the records of rows, int64 `[m]`.
     Raises:
         StorageError: it cannot be written.
     """
     heartbeats = read_heartbeats(folder)
-    key = _key(catalog.run, summary, heartbeats)
+    key = _fingerprint(catalog.run, summary, heartbeats)
     path = folder / REPORT_FILE
-    if not _is_there(path, key):
-        publish_text(path, _make_page(catalog, coverage, failures, summary, heartbeats, read).html(key))
+    if not _is_current(path, key):
+        page = _collect(catalog, coverage, failures, summary, heartbeats, read)
+        publish_text(path, render(page, key))
 
 
-def _make_page(
+def _collect(
     catalog: Catalog,
     coverage: Coverage,
     failures: Mapping[int, Failed],
@@ -77,11 +78,12 @@ def _make_page(
     heartbeats: Sequence[Heartbeat],
     read: Callable[[np.ndarray], list[Extracted]],
 ) -> Page:
+    """Read a sample of the rows, and compute all that the report shows of it and of the run."""
     run, table = catalog.run, catalog.table
     records = read(choose_sample(np.flatnonzero(coverage.extracted)))
     answers = [(record.answer, table.truths[record.row]) for record in records]
     sample = Sample(records, [agrees(*pair) for pair in answers])
-    charts, no_charts = _draw(run, sample, heartbeats)
+    charts, no_charts = _draw_charts(run, sample, heartbeats)
     counts = count_yes_no(answers)
     return Page(
         run=run,
@@ -94,7 +96,7 @@ def _make_page(
         charts=charts,
         no_charts=no_charts,
         failures=group_failures(failures, table),
-        answers=_show_answers(run, sample, table),
+        answers=_choose_answers(run, sample, table),
     )
 
 
@@ -108,7 +110,7 @@ def choose_sample(rows: np.ndarray) -> np.ndarray:
 
 
 def count_stripes(coverage: Coverage) -> list[tuple[float, float, float]]:
-    """The shares of rows that are extracted, failed and missing, in stretches of the table that are equally long."""
+    """The shares of rows that are extracted, failed and missing, by stretches of the table that are equally long."""
     pieces = min(STRIPES, len(coverage.extracted))
     if not pieces:
         return []
@@ -116,20 +118,20 @@ def count_stripes(coverage: Coverage) -> list[tuple[float, float, float]]:
     return list(zip(*([float(piece.mean()) for piece in column] for column in columns), strict=True))
 
 
-def group_failures(failures: Mapping[int, Failed], table: Table) -> list[Failure]:
+def group_failures(failures: Mapping[int, Failed], table: Table) -> list[FailureGroup]:
     """Reasons, the most frequent first, each with some examples of `(id, picture, message)`."""
     by_error: defaultdict[str, list[int]] = defaultdict(list)
     for row in sorted(failures):
         by_error[failures[row].error].append(row)
     most_frequent_first = sorted(by_error.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        Failure(error, len(rows), [(table.ids[i], table.images[i], failures[i].message) for i in rows[:EXAMPLES]])
+        FailureGroup(error, len(rows), [(table.ids[i], table.images[i], failures[i].message) for i in rows[:EXAMPLES]])
         for error, rows in most_frequent_first
     ]
 
 
 def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
-    """What cannot be right about the vectors: states that do not differ where their rows do, or that are all zero."""
+    """Warnings of vectors that cannot be right: the same for different inputs, or all zero."""
     warnings: list[str] = []
     if not sample.records:
         return warnings
@@ -149,7 +151,7 @@ def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
     return warnings
 
 
-def _draw(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> tuple[dict[str, list[str]], str | None]:
+def _draw_charts(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> tuple[dict[str, list[str]], str | None]:
     """The charts as SVG by section, and why there are none."""
     charts: dict[str, list[str]] = {}
     try:
@@ -166,7 +168,7 @@ def _draw(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> tuple[di
                 draw_states(project(layer), sample.agreement, f"layer {number}")
                 for number, layer in zip(run.layers, of, strict=True)
             ]
-    except Exception as error:  # a library's trouble with a chart is no reason to be without coverage and answers
+    except Exception as error:  # coverage and answers are worth having without charts
         return {}, f"matplotlib could not draw them ({one_line(error)})"
     return charts, None
 
@@ -179,7 +181,7 @@ def _vision_only(sample: Sample) -> np.ndarray:
     return np.array([record.vision_only for record in sample.records])
 
 
-def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
+def _choose_answers(run: Run, sample: Sample, table: Table) -> list[ShownAnswer]:
     """Some rows of the sample, spread evenly over it, with thumbnails where their pictures can be read here."""
     places = sorted({round(place) for place in np.linspace(0, len(sample.records) - 1, SHOWN) if sample.records})
     images = {table.images[sample.records[place].row] for place in places}
@@ -188,19 +190,29 @@ def _show_answers(run: Run, sample: Sample, table: Table) -> list[Answer]:
     for place in places:
         record = sample.records[place]
         identity, image, question, truth = table.row(record.row)
-        picture = thumbnails.get(image)
-        shown.append(Answer(identity, image, question, truth, record.answer, sample.agreement[place], picture))
+        shown.append(
+            ShownAnswer(
+                identity=identity,
+                image=image,
+                question=question,
+                truth=truth,
+                answer=record.answer,
+                agreement=sample.agreement[place],
+                thumbnail=thumbnails.get(image),
+            )
+        )
     return shown
 
 
-def _key(run: Run, summary: Mapping[str, object], heartbeats: Sequence[Heartbeat]) -> str:
+def _fingerprint(run: Run, summary: Mapping[str, object], heartbeats: Sequence[Heartbeat]) -> str:
     """A digest of what a report is made from."""
-    shards = [(pace.shard, len(pace.times), int(pace.done[-1])) for pace in heartbeats]
+    shards = [(shard.shard, len(shard.times), int(shard.done[-1])) for shard in heartbeats]
     parts = [run.key, __version__, summary, shards]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _is_there(path: Path, key: str) -> bool:
+def _is_current(path: Path, key: str) -> bool:
+    """Whether the report that is there was made from the same; its second line has the key."""
     try:
         with open(path, encoding="utf-8") as stream:
             return key in stream.readline() + stream.readline()

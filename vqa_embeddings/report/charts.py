@@ -36,7 +36,7 @@ def draw_states(projected: tuple[np.ndarray, tuple[float, float]], agreement: Se
     axes.set_ylabel(f"{share[1]:.0%}", fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def draw_norms(layers: Sequence[int], norms: dict[str, np.ndarray]) -> str:
@@ -55,18 +55,18 @@ def draw_norms(layers: Sequence[int], norms: dict[str, np.ndarray]) -> str:
     axes.set_ylabel("norm")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def draw_throughput(heartbeats: Sequence[Heartbeat]) -> str:
     """Rows a second over time: each rank as a thin line, and above them their sum."""
     figure, (together, each) = _figures(6.4, 3.6)
-    begin = min(float(pace.times[0]) for pace in heartbeats)
-    end = max(float(pace.times[-1]) for pace in heartbeats)
+    begin = min(float(rank.times[0]) for rank in heartbeats)
+    end = max(float(rank.times[-1]) for rank in heartbeats)
     edges = np.linspace(0, max(end - begin, 1.0), BINS + 1)
     unit, seconds = ("hours", 3600) if edges[-1] > 7200 else ("minutes", 60) if edges[-1] > 120 else ("seconds", 1)
     middles = (edges[1:] + edges[:-1]) / 2 / seconds
-    rates = [np.diff(np.interp(edges + begin, pace.times, pace.done)) / np.diff(edges) for pace in heartbeats]
+    rates = [np.diff(np.interp(edges + begin, rank.times, rank.done)) / np.diff(edges) for rank in heartbeats]
     together.plot(middles, np.sum(rates, axis=0), color="#0072b2")
     for rate in rates:
         each.plot(middles, rate, color="#666666", linewidth=0.7, alpha=0.6)
@@ -75,7 +75,7 @@ def draw_throughput(heartbeats: Sequence[Heartbeat]) -> str:
     each.set_xlabel(unit)
     for axes in (together, each):
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def project(states: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
@@ -90,7 +90,7 @@ def project(states: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
         return np.zeros((len(states), 2)), (0.0, 0.0)
     largest = values[:-3:-1].clip(0)
     points = vectors[:, :-3:-1] * np.sqrt(largest)
-    points *= np.where(points[np.abs(points).argmax(axis=0), (0, 1)] < 0, -1, 1)  # of two directions always the same
+    points *= np.where(points[np.abs(points).argmax(axis=0), (0, 1)] < 0, -1, 1)  # the sign is arbitrary
     return points, (float(largest[0] / total), float(largest[1] / total))
 
 
@@ -110,7 +110,7 @@ def _new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure) -> str:
+def _to_svg(figure: Figure) -> str:
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "vqa_embeddings", "svg.fonttype": "none", "font.family": "sans-serif"}):
