@@ -5,7 +5,7 @@ trap 'stopped=1' TERM INT USR1 USR2 # they reach python too, which stops after a
 home=$(realpath "$(dirname "$0")/../..")
 . "$home/launch/environment.sh"
 enter_environment || status=2
-[ -z "${stopped:-}" ] || exit 0 # before there was a python to hear it
+[ -z "${stopped:-}" ] || exit 0 # the signal came before there was a python to stop
 [ -z "${status:-}" ] || exit "$status"
 python "$home/extract_dist.py" "$@"
 status=$?

@@ -41,8 +41,8 @@ if ! command -v sbatch > /dev/null; then
     exit 2
 fi
 enter_environment
-# What cannot be right is refused here, not hours later by every task of the array.
-output=$(python -c 'from vqa_embeddings.cli.options import print_output_of_array; print_output_of_array()' "$@")
+# Wrong arguments are refused here, not hours later by every task of the array.
+output=$(python -m vqa_embeddings.cli.array_output "$@")
 [ -n "$output" ] || exit 0 # --help
 
 export VQA_EMBEDDINGS_HOME=$home

@@ -1,12 +1,9 @@
-"""The command lines of both programs: parsed and checked. Imports nothing slow."""
+"""The options of both commands: parsed, checked, and filled into a dataclass each. Imports nothing slow."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from vqa_embeddings.app.options import ExtractOptions, MergeOptions
@@ -73,28 +70,13 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     return options
 
 
-def print_output_of_array() -> None:
-    """Print the output folder that these arguments of `extract_dist.py` name: what submit.sh tells the merge.
-
-    Help goes to the other stream. What cannot be right for the tasks of an array ends the program with status 2.
-    """
-    sys.argv[0] = "extract_dist.py"
-    with redirect_stdout(sys.stderr):
-        options = parse_extract(None)
-    if options.slice is not None:
-        index, count = options.slice
-        print(f"error: found --slice {index}/{count}; each task's slice is the array's, leave it out", file=sys.stderr)
-        sys.exit(2)
-    sys.stdout.buffer.write(os.fsencode(options.output_dir) + b"\n")  # as it is, whatever the locale
-
-
 def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOptions:
     """Read the arguments of `merge_shards.py`; what cannot be right ends the program with status 2."""
     parser = _parser(usage)
     add = parser.add_argument
     add("--output-dir", type=Path, metavar="OUT", default="./output", help="output of the extraction (%(default)s)")
     add("--check", action="store_true", help="say what is done and what is missing, and write nothing")
-    add("--verify", action="store_true", help="hash the parts too, and mend damaged ones, or with --check name them")
+    add("--verify", action="store_true", help="hash the parts too, and repair damaged ones, or with --check name them")
     add("--part-size", type=_positive, metavar="S", default=1000, help="rows of the CSV in a part (%(default)s)")
     layouts = ["grouped", "columnar"]
     add("--layout", choices=layouts, default="grouped", help="a group a question, or matrices of rows (%(default)s)")
@@ -102,7 +84,7 @@ def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOp
     add("--jobs", type=_positive, metavar="N", default=1, help="processes, where there are no ranks (%(default)s)")
     add("--prune", action="store_true", help="then remove the segments whose rows all lie in verified parts")
     options = MergeOptions(**vars(parser.parse_args(argv)))
-    if options.check and options.prune:  # the others say how a merge writes, which a check need not heed
+    if options.check and options.prune:  # the other options say how a merge writes, and a check may ignore them
         parser.error("--prune would have no effect, as --check changes nothing: leave out one or the other")
     return options
 
@@ -131,7 +113,7 @@ def _megapixels(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= MOST_MEGAPIXELS:  # which nothing that is no number is
+    if not 0 < value <= MOST_MEGAPIXELS:  # NaN fails this too
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, and {MOST_MEGAPIXELS:.0f} at most")
     return value
 

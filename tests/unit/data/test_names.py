@@ -98,8 +98,7 @@ def test_what_the_terminal_cannot_show_is_said_in_escapes(tmp_path, monkeypatch,
 
 
 def test_the_output_folder_of_an_array_is_printed_as_it_was_given():
-    code = "from vqa_embeddings.cli.options import print_output_of_array; print_output_of_array()"
-    line = [sys.executable, "-c", code, "--demo", "--output-dir", "größe \udcff"]
+    line = [sys.executable, "-m", "vqa_embeddings.cli.array_output", "--demo", "--output-dir", "größe \udcff"]
     done = subprocess.run(line, stdout=subprocess.PIPE, check=True, cwd=ROOT, env={**os.environ, **ASCII})
     assert done.stdout == "größe ".encode() + b"\xff\n"
 
