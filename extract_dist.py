@@ -13,12 +13,19 @@ Afterwards: python merge_shards.py --output-dir OUT
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.messages import fail, refuse, say, say_for_rank
 from vqa_embeddings.cluster.signals import StopFlag, run_program
 from vqa_embeddings.cluster.world import World, read_world, same_command
 from vqa_embeddings.errors import InputError, NothingFiniteError, StorageError
+
+if TYPE_CHECKING:
+    from vqa_embeddings.app.assignment import Assignment
+    from vqa_embeddings.app.launch import LaunchSetup
+    from vqa_embeddings.models.base import VisionLanguageModel
 
 # What is imported further down is slow, and --help and a refusal should not have to wait for it.
 
@@ -42,86 +49,83 @@ def main() -> int:
 
 def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None:
     """Do what this rank has to do: plan, load, loop, report."""
+    from vqa_embeddings.app.assignment import assign_rows
     from vqa_embeddings.app.demo import NOTICE, demo_options
-    from vqa_embeddings.app.launch import assign_rows, describe_run, read_input
-    from vqa_embeddings.app.plan_summary import LaunchPlan, summarize_plan
-    from vqa_embeddings.app.progress import Progress
-    from vqa_embeddings.layers.device import choose_attention, choose_dtype, choose_workers, find_device
-    from vqa_embeddings.models.registry import default_family, find_checkpoint
+    from vqa_embeddings.app.launch import set_up_launch
+    from vqa_embeddings.app.plan_summary import summarize_plan
     from vqa_embeddings.store.run import check_run, claim_run, keep_rows
-    from vqa_embeddings.store.segments import ShardWriter
 
     if options.demo:
         if options.model is None:
             say(world, NOTICE)
         options = demo_options(options)
-    table, pictures, write_rows = read_input(options)
-    model_name = options.model or default_family().default_model
-    checkpoint = find_checkpoint(model_name, options.revision, options.cache_dir, options.lora)
-    device = find_device(world.local_rank)
-    dtype = choose_dtype(options.dtype, device)
-    attention = choose_attention(options.attn_implementation, dtype.value, device)
-    run = describe_run(options, table, checkpoint, device, dtype, attention)
+    setup = set_up_launch(options, world.local_rank)
     if options.plan and not world.main:
         return
-    joined = check_run(options.output_dir, run, make=not options.plan)
-    assignment = assign_rows(options, world, run, table)
-    plan = LaunchPlan(
-        options=options,
-        run=run,
-        assignment=assignment,
-        table=table,
-        folder=pictures,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        checkpoint=checkpoint,
-    )
+    joined = check_run(options.output_dir, setup.run, make=not options.plan)
+    assignment = assign_rows(options, world, setup.run, setup.table)
     if world.main:
-        for sentence in summarize_plan(plan, world):
+        for sentence in summarize_plan(setup, assignment, world):
             say(world, sentence)
     if options.plan:
         return
     if not len(assignment.rows):
         if world.main:
-            keep_rows(options.output_dir, write_rows)
+            keep_rows(options.output_dir, setup.write_rows)
         return
 
+    model = setup.checkpoint.family.load(
+        setup.checkpoint,
+        setup.device.name,
+        setup.dtype.value,
+        setup.attention.value,
+        options.lora,
+        options.max_new_tokens,
+    )
+    began = claim_run(options.output_dir, setup.run)
+    if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
+        keep_rows(options.output_dir, setup.write_rows)
+    stop.defer()
+    left = extract_rows(model, setup, assignment, world, stop)
+    if left and stop.requested():
+        say_for_rank(world, f"stopped by {stop.signal} after a commit; {same_command(options.slice)}")
+    else:
+        keep_rows(options.output_dir, setup.write_rows)  # where the one who began the run has not come to it
+
+
+def extract_rows(
+    model: VisionLanguageModel, setup: LaunchSetup, assignment: Assignment, world: World, stop: StopFlag
+) -> int:
+    """Extract the rows of this rank and commit them, segment by segment. Returns how many are left."""
     from vqa_embeddings.app.extract import extract
     from vqa_embeddings.app.nan_guard import NaNGuard
+    from vqa_embeddings.app.progress import Progress
     from vqa_embeddings.base.timings import Timings
     from vqa_embeddings.data.decode_options import DecodeOptions
+    from vqa_embeddings.layers.device import choose_workers
+    from vqa_embeddings.store.segments import ShardWriter
 
-    model = checkpoint.family.load(
-        checkpoint, device.name, dtype.value, attention.value, options.lora, options.max_new_tokens
-    )
-    began = claim_run(options.output_dir, run)
-    if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
-        keep_rows(options.output_dir, write_rows)
-    stop.defer()
+    options, rows, launch_name = setup.options, assignment.rows, assignment.state.launch_name
     timings = Timings()
-    decode_options = DecodeOptions(options.max_megapixels, options.truncated_pictures == "show")
     records = extract(
         model,
-        table,
-        assignment.rows,
-        pictures,
+        setup.table,
+        rows,
+        setup.folder,
         batch_size=options.batch_size,
-        workers=choose_workers(options.num_workers, device),
+        workers=choose_workers(options.num_workers, setup.device),
         stopping=stop.requested,
         timings=timings,
-        decode_options=decode_options,
+        decode_options=DecodeOptions(options.max_megapixels, options.truncated_pictures == "show"),
     )
     nan_guard = NaNGuard(
-        assignment.rows,
-        pictures=assignment.pictures[assignment.rows],
-        dtype=dtype.value,
-        finite_before=assignment.state.extracted > 0,
+        rows, assignment.pictures[rows], setup.dtype.value, finite_before=assignment.state.extracted > 0
     )
-    name = assignment.state.launch_name
-    shard = ShardWriter(options.output_dir, name, world.rank, run, table, options.checkpoint_interval)
+    shard = ShardWriter(
+        options.output_dir, launch_name, world.rank, setup.run, setup.table, options.checkpoint_interval
+    )
     try:
-        with shard, Progress(world, options.output_dir, name, len(assignment.rows), assignment.slice_pending) as bar:
+        with shard, Progress(world, options.output_dir, launch_name, len(rows), assignment.slice_pending) as bar:
             for finished in nan_guard.release(records):
                 with timings("waiting for the disk"):
                     shard.add(finished)
@@ -129,15 +133,12 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
                         shard.begin_commit()
                 bar.update(finished)
     finally:
-        left = len(assignment.rows) - shard.committed
+        left = len(rows) - shard.committed
         done = f"{shard.committed - shard.failed} rows extracted, {shard.failed} failed, {left} left"
         for note, times in timings.notes.items():
             say_for_rank(world, f"{note} ({times} times)" if times > 1 else note)
         say_for_rank(world, f"{done}; in {timings.total():.1f} s, {timings.outside():.1%} of them outside the model")
-    if left and stop.requested():
-        say_for_rank(world, f"stopped by {stop.signal} after a commit; {same_command(options.slice)}")
-    else:
-        keep_rows(options.output_dir, write_rows)  # where the one who began the run has not come to it
+    return left
 
 
 if __name__ == "__main__":

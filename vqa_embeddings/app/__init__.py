@@ -1,7 +1,7 @@
-"""What the commands do, step by step; the other rooms know nothing of each other's part in it.
+"""What the commands do, step by step.
 
-`options` holds what was asked for, `demo` the example's own input. An extraction reads its input and shares the rows
-out (`launch`), prints the plan (`plan_summary`), answers the rows (`extract`), stops where no value is finite
-(`nan_guard`) and shows how far it is (`progress`). `supervise` watches a launch from outside and `requeue` puts its
-Slurm job back into the queue. `merge` writes the parts and accounts for every row.
+An extraction: `launch` (its table, pictures, checkpoint, device and run), `assignment` (which rows this rank is to do),
+`plan_summary` (the plan, in words), `extract` (rows to records), `nan_guard` (no row comes out finite), `progress`.
+Around it: `supervise` (a launch from outside), `requeue` (its Slurm job goes on). Afterwards: `merge` (the parts, and
+what became of every row). `options` holds what was asked for; `demo` brings its own input.
 """

@@ -1,64 +1,67 @@
-"""The start of a launch: its input, its run, and which rows each rank is to do. All ranks agree before any begins."""
+"""What a launch needs to know before it begins: its input, its model's files, its device, and the run it belongs to."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.base.file_names import from_disk
 from vqa_embeddings.base.files import copy_file, new_csv
-from vqa_embeddings.cluster.rendezvous import from_rank_zero
-from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
-from vqa_embeddings.cluster.world import World, new_launch, read_array_slice
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, sample, select
 from vqa_embeddings.data.table_reader import read_rows, read_table
-from vqa_embeddings.layers.device import Choice, Device, versions
+from vqa_embeddings.layers.device import Choice, Device, choose_attention, choose_dtype, find_device, versions
 from vqa_embeddings.models.base import Checkpoint
-from vqa_embeddings.store.catalog import scan
-from vqa_embeddings.store.run import SHARDS_FOLDER, Run, known_columns
+from vqa_embeddings.models.registry import default_family, find_checkpoint
+from vqa_embeddings.store.run import Run, known_columns
 
 TEST_ROWS = 3
 
 
 @dataclass(frozen=True)
-class WorkState:
-    """What an output folder holds of a run, and what is left. All ranks of a launch have to agree on it."""
+class LaunchSetup:
+    """What a launch is made of, before anything is loaded or written."""
 
-    launch_name: str
-    extracted: int  # rows
-    failed: int  # rows
-    truncated: int  # rows that were extracted on pictures that are cut off
-    pending: np.ndarray  # bool [n], the rows that this and other launches are still to do
-
-    def to_bytes(self) -> bytes:
-        """Serialize it for the other ranks."""
-        counts = {name: getattr(self, name) for name in ("launch_name", "extracted", "failed", "truncated")}
-        return json.dumps(counts).encode() + b"\n" + pack(self.pending)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, rows: int) -> WorkState:
-        """The inverse of `to_bytes`, of a table of so many rows."""
-        counts, _, pending = data.partition(b"\n")
-        return cls(**json.loads(counts), pending=unpack(pending, rows))
+    options: ExtractOptions
+    table: Table
+    folder: PictureFolder
+    write_rows: Callable[[Path], object]  # writes the table as a CSV
+    checkpoint: Checkpoint
+    device: Device
+    dtype: Choice
+    attention: Choice
+    run: Run
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What one rank of a launch is to do."""
+def set_up_launch(options: ExtractOptions, local_rank: int) -> LaunchSetup:
+    """Read the table, find the pictures, the checkpoint and the device, and choose the number format.
 
-    state: WorkState
-    slice: tuple[int, int]  # index and count
-    slice_rows: int  # rows of the table in the slice
-    slice_pending: int  # of them, those that this launch is to do
-    pictures: np.ndarray  # int64 [n], the picture of each row
-    rows: np.ndarray  # int64 [m], the rows of this rank, picture after picture
+    Args:
+        options: with a table and a picture folder.
+        local_rank: this process's rank on its node, which decides on its GPU.
+    Raises:
+        InputError: something that was named cannot be used.
+    """
+    table, folder, write_rows = read_input(options)
+    model = options.model or default_family().default_model
+    checkpoint = find_checkpoint(model, options.revision, options.cache_dir, options.lora)
+    device = find_device(local_rank)
+    dtype = choose_dtype(options.dtype, device)
+    attention = choose_attention(options.attn_implementation, dtype.value, device)
+    return LaunchSetup(
+        options=options,
+        table=table,
+        folder=folder,
+        write_rows=write_rows,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        run=describe_run(options, table, checkpoint, device, dtype, attention),
+    )
 
 
 def read_input(options: ExtractOptions) -> tuple[Table, PictureFolder, Callable[[Path], object]]:
@@ -111,44 +114,4 @@ def describe_run(
         extra_vectors=checkpoint.extra_vectors if options.pixel_mean else {},
         images_dir=from_disk(options.images_dir.resolve()) if options.images_dir else "",
         columns=dict(table.columns.names),
-    )
-
-
-def assign_rows(options: ExtractOptions, world: World, run: Run, table: Table) -> Assignment:
-    """Agree with the other ranks on the launch's name and on what is still to do, and take this rank's share of it.
-
-    Only rank 0 reads what the folder holds: what the others would read a moment later might differ, and with it
-    their shares.
-    """
-    if options.plan:  # one rank alone prints the plan, and nothing is written
-        return take_share(options, world, read_work_state(options, run, table), table)
-    shards = options.output_dir / SHARDS_FOLDER
-    data = from_rank_zero(world, shards, lambda: read_work_state(options, run, table).to_bytes())
-    return take_share(options, world, WorkState.from_bytes(data, len(table)), table)
-
-
-def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkState:
-    """Scan the output folder for what is done, and derive what is to do."""
-    catalog = scan(options.output_dir, run, table)
-    coverage = catalog.coverage()
-    pending = coverage.failed if options.retry_failed else coverage.missing
-    extracted, failed, truncated = (
-        int(rows.sum()) for rows in (coverage.extracted, coverage.failed, catalog.truncated(coverage))
-    )
-    return WorkState(new_launch(), extracted, failed, truncated, pending)
-
-
-def take_share(options: ExtractOptions, world: World, state: WorkState, table: Table) -> Assignment:
-    """The rows of this rank: its share of what its slice of the table still lacks."""
-    slice_ = options.slice or read_array_slice() or (0, 1)
-    pictures = table.pictures()
-    inside, rows = share_rows(pictures, state.pending, slice_, world.rank, world.size, world.can_agree)
-    todo = int(np.count_nonzero(inside & state.pending))
-    return Assignment(
-        state=state,
-        slice=slice_,
-        slice_rows=int(np.count_nonzero(inside)),
-        slice_pending=todo,
-        pictures=pictures,
-        rows=rows,
     )

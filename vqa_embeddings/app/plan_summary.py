@@ -5,49 +5,32 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from vqa_embeddings.app.launch import Assignment
-from vqa_embeddings.app.options import ExtractOptions
+from vqa_embeddings.app.assignment import Assignment
+from vqa_embeddings.app.launch import LaunchSetup
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_warnings import find_warnings
 from vqa_embeddings.errors import quoted
-from vqa_embeddings.layers.device import Choice, Device, count_processes
-from vqa_embeddings.models.base import Checkpoint
+from vqa_embeddings.layers.device import Device, count_processes
 from vqa_embeddings.store.parts import count_part_bytes
-from vqa_embeddings.store.run import Run, nearest
+from vqa_embeddings.store.run import nearest
 
 GIB = 1 << 30
 LOOKED_FOR = 20  # pictures that are looked up beforehand: a wrong folder lacks them all
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
-    """All that is known of a launch before it begins."""
-
-    options: ExtractOptions
-    run: Run
-    assignment: Assignment
-    table: Table
-    folder: PictureFolder
-    device: Device
-    dtype: Choice
-    attention: Choice
-    checkpoint: Checkpoint
-
-
-def summarize_plan(plan: LaunchPlan, world: World) -> Iterator[str]:
+def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> Iterator[str]:
     """The plan, one sentence a line. It ends with warnings of what looks wrong."""
-    options, run, assignment = plan.options, plan.run, plan.assignment
+    options, run = setup.options, setup.run
     state, pending = assignment.state, assignment.slice_pending
-    device, dtype, attention = plan.device, plan.dtype, plan.attention
+    device, dtype, attention = setup.device, setup.dtype, setup.attention
     yield f"rows: {run.rows} on {describe_pictures(assignment.pictures)}"
-    yield f"columns: {plan.table.columns.describe()}"
+    yield f"columns: {setup.table.columns.describe()}"
     again = ", tried again now" if options.retry_failed else ""
     yield f"done before: {state.extracted} rows extracted, {state.failed} failed{again}"
     if state.truncated:
@@ -62,9 +45,9 @@ def summarize_plan(plan: LaunchPlan, world: World) -> Iterator[str]:
         f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {format_size(to_write)} to write now, "
         f"{format_size(parts)} for the parts later; {format_size(free)} free in {options.output_dir}"
     )
-    form = plan.checkpoint.family.describe_form(plan.checkpoint, run.lora)
+    form = setup.checkpoint.family.describe_form(setup.checkpoint, run.lora)
     yield f"model: {run.model} ({form}), layers {', '.join(map(str, run.layers))}"
-    yield plan.checkpoint.family.describe_settings(plan.checkpoint)
+    yield setup.checkpoint.family.describe_settings(setup.checkpoint)
     yield f"device: {device.description}{describe_devices(device)}"
     if device.memory:
         yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
@@ -72,10 +55,10 @@ def summarize_plan(plan: LaunchPlan, world: World) -> Iterator[str]:
     shortage = find_shortage(free, to_write, parts)
     if shortage:
         yield f"warning: little room in {options.output_dir}: {shortage}; make room"
-    absent = find_absent(plan.folder, plan.table, assignment)
+    absent = find_absent(setup.folder, setup.table, assignment)
     if absent:
         yield f"warning: {absent}; check --images-dir"
-    yield from (f"warning: {oddity}" for oddity in find_warnings(plan.table))
+    yield from (f"warning: {oddity}" for oddity in find_warnings(setup.table))
     if not pending:
         yield f"nothing to do; next: python merge_shards.py --output-dir {shlex.quote(str(options.output_dir))}"
 

@@ -13,9 +13,10 @@ import pytest
 from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
 from tests.unit.store.test_embeddings import COLUMNS
 from vqa_embeddings import open_embeddings
-from vqa_embeddings.app.launch import Assignment, read_work_state
+from vqa_embeddings.app.assignment import Assignment, read_work_state
+from vqa_embeddings.app.launch import LaunchSetup
 from vqa_embeddings.app.merge import check, merge
-from vqa_embeddings.app.plan_summary import LaunchPlan, summarize_plan
+from vqa_embeddings.app.plan_summary import summarize_plan
 from vqa_embeddings.cli.options import parse_extract, parse_merge
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.records import Extracted, Failed
@@ -109,7 +110,9 @@ def test_the_plan_says_how_many_there_are(out):
     assignment = Assignment(
         type(state).from_bytes(state.to_bytes(), ROWS), (0, 1), ROWS, 0, table.pictures(), np.arange(0)
     )
-    lines = list(islice(summarize_plan(LaunchPlan(options, run, assignment, table, *[None] * 5), World()), 4))
+    unused = dict.fromkeys(("folder", "write_rows", "checkpoint", "device", "dtype", "attention"))
+    setup = LaunchSetup(options=options, table=table, run=run, **unused)
+    lines = list(islice(summarize_plan(setup, assignment, World()), 4))
     assert lines[2:] == [
         f"done before: {ROWS} rows extracted, 0 failed",
         f"{len(MARKED)} rows done before on pictures that are cut off",
