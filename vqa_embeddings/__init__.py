@@ -1,8 +1,13 @@
 """Hidden-state vectors and answers of Phi-4-multimodal for every row of a VQA table.
 
-The data flows one way: rows (`table`) -> shares (`plan`) -> pictures (`images`) -> states (`phi4`, `extract`)
--> segments (`shards`) -> parts (`parts`, `merge`). Nothing upstream imports what is downstream of it, but for the
-start of a launch (`launch`), which looks at what the output folder holds already (`catalog`).
+A row's way through the rooms: `data` reads the table, `cluster` shares its rows out among the ranks, `data` decodes
+their pictures, `engine` runs a family of `models` on the `layers`, `store` commits what comes out in segments, and the
+merge writes these into parts, which `open_embeddings` reads and `report` shows. `app` has the order of these steps,
+`cli` the options, and `base` what every room may use. A room imports only rooms below it:
+
+    cli -> app -> engine, report, store, cluster -> models -> layers, data -> base
+
+(`report` also reads the `store`; `store` and `cluster` know no model.)
 """
 
 from vqa_embeddings._version import __version__

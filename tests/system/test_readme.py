@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -18,6 +19,7 @@ from packaging.requirements import Requirement
 
 from tests.helpers.launching import ROOT, run
 
+PACKAGE = ROOT / "vqa_embeddings"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.M | re.S)
 # What is not run here, and why: this suite, a queue, a network.
@@ -123,13 +125,26 @@ def test_the_option_tables_have_every_option_with_its_default(script):
 
 
 def test_the_files_and_folders_that_it_names_are_there():
-    for name in re.findall(r"`((?:tests|launch|vqa_embeddings)/[\w./]+)`", README):
+    for name in re.findall(r"\b((?:tests|launch|vqa_embeddings)/[\w./]*\w)", README):
         assert (ROOT / name).exists(), name
-    for module in re.findall(r"`(\w+)`", README[README.index("## The code") : README.index("## Citing")]):
-        assert (ROOT / "vqa_embeddings" / f"{module}.py").exists(), module
-    assert {path.stem for path in (ROOT / "vqa_embeddings").glob("*.py")} - {
-        *re.findall(r"`(\w+)`", README[README.index("## The code") :])
-    } <= {"__init__", "errors", "files", "hdf5", "options", "records", "stages", "voice", "demo"}
+
+
+def modules(room: str) -> set[str]:
+    return {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__", "_version"}
+
+
+def test_the_index_of_modules_names_every_one_and_nothing_else():
+    """The README's table, and for a module that it does not name the docstring of its room."""
+    section = README[README.index("## The code") : README.index("## Citing")]
+    table = dict(re.findall(r"^\| `([\w/]+)` \| [^|]+ \| ([^|]+) \|$", section, re.M))
+    assert table.keys() == {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/__init__.py")}
+    for room, cell in table.items():
+        named = set(re.findall(r"`(\w+)`", cell))
+        assert named <= modules(room), room
+        face = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+        assert modules(room) - named <= set(re.findall(r"\w+", face)), room
+    text = set(re.findall(r"`(\w+)`", re.sub(r"^\|.*\n", "", section, flags=re.M)))
+    assert modules(".") <= text <= modules(".") | table.keys()
 
 
 def test_the_citation_can_be_read():
