@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from vqa_embeddings.base.files import copy_file, new_csv
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, sample, select
 from vqa_embeddings.data.table_reader import read_rows, read_table
+from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers.device import Choice, Device, choose_attention, choose_dtype, find_device, versions
 from vqa_embeddings.models.base import Checkpoint
 from vqa_embeddings.models.registry import default_family, find_checkpoint
@@ -111,7 +112,23 @@ def describe_run(
         versions=versions(),
         model_type=checkpoint.family.model_type,
         file_prefix=checkpoint.family.file_prefix,
-        extra_vectors=checkpoint.extra_vectors if options.pixel_mean else {},
+        extra_vectors=choose_extra_vectors(checkpoint, {"--pixel-mean": options.pixel_mean}),
         images_dir=from_disk(options.images_dir.resolve()) if options.images_dir else "",
         columns=dict(table.columns.names),
     )
+
+
+def choose_extra_vectors(checkpoint: Checkpoint, asked: Mapping[str, bool]) -> dict[str, int]:
+    """The vectors that are stored beside those of every run, their lengths by their names in a part.
+
+    Args:
+        asked: whether each option that asks for further ones was given.
+    Raises:
+        InputError: the model has none for an option that was given.
+    """
+    found = dict(checkpoint.extra_vectors)
+    for option in (name for name, given in asked.items() if given):
+        if option not in checkpoint.optional_vectors:
+            raise InputError(f"{option} was given, and {checkpoint.family.name} has no such vector; leave it out")
+        found.update(checkpoint.optional_vectors[option])
+    return found

@@ -37,7 +37,8 @@ class Checkpoint:
     layers: list[int]  # the decoder layers whose states are stored
     hidden_size: int
     vision_size: int
-    extra_vectors: dict[str, int]  # that can be stored beside on demand, their lengths by their names in a part
+    extra_vectors: Mapping[str, int]  # further ones of each row, their lengths by their names in a part
+    optional_vectors: Mapping[str, Mapping[str, int]]  # likewise, by the option that asks for them
     dtype: str  # of the weights as they are stored
     fingerprint: str
     config: dict[str, Any] = field(repr=False)
