@@ -1,4 +1,4 @@
-"""How far a launch is: one bar for all its ranks, shown by the main process, and lines where no terminal is."""
+"""How far a launch is: the main rank shows one bar for all of them, or lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.heartbeat import HEARTBEAT_FILE, WRITE_SECONDS, HeartbeatWriter, read_latest
 from vqa_embeddings.store.run import shard_folder
 
-BAR_SECONDS = 0.5  # between two looks of the bar in a terminal
+BAR_SECONDS = 0.5  # between two updates of the bar in a terminal
 FIRST_LINE_SECONDS, LINE_SECONDS = 1.0, 60.0  # in a log: the first line soon, the next twice as late, up to a minute
 LINE_FORMAT = "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-RANKS_A_SECOND = 20  # whose files the main process reads for the bar
+RANKS_A_SECOND = 20  # whose heartbeats the main rank reads for the bar
 
 
 class Progress:
-    """Counts the rows of this rank, tells the others by a file, and shows at the main process those of all."""
+    """Counts the rows of this rank and writes them into its heartbeat; at the main rank it shows those of all ranks."""
 
-    def __init__(self, world: World, folder: Path, launch: str, rows: int, rows_of_all: int) -> None:
+    def __init__(self, world: World, folder: Path, launch: str, rows: int, rows_of_all_ranks: int) -> None:
         """Begin with nothing done.
 
         Args:
             folder: the output folder.
             launch: name of the launch.
-            rows: that this rank is to do.
-            rows_of_all: that all its ranks are.
+            rows: how many this rank is to do.
+            rows_of_all_ranks: how many all ranks of the launch are to do.
         """
         self._done = self._failed = 0
-        self._pace = HeartbeatWriter(folder, launch, world.rank, rows)
+        self._heartbeat = HeartbeatWriter(folder, launch, world.rank, rows)
         together = world.size > 1 and world.can_agree
-        self._bar = _Bar(rows_of_all if together else rows) if world.main else None
+        self._bar = _Bar(rows_of_all_ranks if together else rows) if world.main else None
         others = [rank for rank in range(world.size) if rank != world.rank] if together and world.main else []
-        self._others = _Others([shard_folder(folder, launch, rank) / HEARTBEAT_FILE for rank in others])
+        self._other_ranks = _OtherRanks([shard_folder(folder, launch, rank) / HEARTBEAT_FILE for rank in others])
 
     def __enter__(self) -> Progress:
         return self
@@ -49,37 +49,37 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._others.stop()
-        self._pace.update(self._done, self._failed, last=True)
+        self._other_ranks.stop()
+        self._heartbeat.update(self._done, self._failed, last=True)
         if self._bar:
-            self._bar.show(*self._of_all(), last=True)
+            self._bar.show(*self._of_all_ranks(), last=True)
 
     def update(self, records: Sequence[Extracted | Failed]) -> None:
         """Count the records that a unit of work has finished."""
         self._done += len(records)
         self._failed += sum(isinstance(record, Failed) for record in records)
-        self._pace.update(self._done, self._failed)
+        self._heartbeat.update(self._done, self._failed)
         if self._bar:
-            self._bar.show(*self._of_all())
+            self._bar.show(*self._of_all_ranks())
 
-    def _of_all(self) -> tuple[int, int]:
-        return self._done + self._others.done, self._failed + self._others.failed
+    def _of_all_ranks(self) -> tuple[int, int]:
+        return self._done + self._other_ranks.done, self._failed + self._other_ranks.failed
 
 
-class _Others:
-    """What the other ranks have done, looked up in a thread: a slow file server must not keep this rank waiting."""
+class _OtherRanks:
+    """What the other ranks have done, by their heartbeats. A thread reads them, so that a slow disk delays no rank."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.done = self.failed = 0
         self._paths = paths
         self._stopped = threading.Event()
         if paths:
-            threading.Thread(target=self._look, name="progress", daemon=True).start()
+            threading.Thread(target=self._read, name="progress", daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         pause = max(WRITE_SECONDS, len(self._paths) / RANKS_A_SECOND) / 2
         while not self._stopped.wait(pause):
             done, failed = zip(*map(read_latest, self._paths), strict=True)
@@ -94,7 +94,7 @@ class _Bar:
         self._pause = FIRST_LINE_SECONDS if self._lines else BAR_SECONDS
         self._next = time.monotonic() + self._pause
         form = {"bar_format": LINE_FORMAT} if self._lines else {"dynamic_ncols": True}
-        stream = _Errors(self._lines)
+        stream = _ErrorStream(self._lines)
         self._bar = tqdm(total=rows, unit=" rows", file=stream, mininterval=0, miniters=1, smoothing=0.05, **form)
 
     def show(self, done: int, failed: int, last: bool = False) -> None:
@@ -111,8 +111,8 @@ class _Bar:
         self._next = time.monotonic() + self._pause
 
 
-class _Errors:
-    """Standard error, for tqdm. Where nobody can see it, as on a full disk of logs, the work goes on all the same."""
+class _ErrorStream:
+    """Standard error, for tqdm. Where it cannot be written, as with logs on a full disk, the work goes on."""
 
     def __init__(self, lines: bool) -> None:
         self._lines = lines

@@ -161,12 +161,14 @@ def _draw_charts(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> t
             return charts, None
         layers = range(len(run.layers))
         states = {name: [_states(sample, name, index) for index in layers] for name in TOKENS}
-        norms = {name: np.stack([np.linalg.norm(layer, axis=1) for layer in of]) for name, of in states.items()}
+        norms = {
+            name: np.stack([np.linalg.norm(layer, axis=1) for layer in by_layer]) for name, by_layer in states.items()
+        }
         charts["norms"] = [draw_norms(run.layers, norms)]
-        for name, of in states.items():
+        for name, by_layer in states.items():
             charts[name] = [
                 draw_states(project(layer), sample.agreement, f"layer {number}")
-                for number, layer in zip(run.layers, of, strict=True)
+                for number, layer in zip(run.layers, by_layer, strict=True)
             ]
     except Exception as error:  # coverage and answers are worth having without charts
         return {}, f"matplotlib could not draw them ({one_line(error)})"
