@@ -42,7 +42,7 @@ Answers = dict[int, Answer]  # by row
 def answer_all(
     model: Noting, batch_size: int | None, tokens: int, table: Table | None = None, folder: Path = DATA
 ) -> Answers:
-    """Extract the shipped rows, or those of another table. Rows leave when their answers end, at `tokens` at latest."""
+    """Extract the shipped rows, or those of another table. Rows finish with their answers, at `tokens` at latest."""
     model.spec = replace(model.spec, max_new_tokens=tokens)
     model.written.clear()
     table = table or read_table(DATA / "vqa.csv")

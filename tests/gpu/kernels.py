@@ -25,7 +25,7 @@ from vqa_embeddings.engine.core import Engine
 
 ROWS, PICTURES, SIZE = 256, 19, (640, 480)
 ROWS_ON_CPU, PICTURES_ON_CPU = 24, 3
-TOKENS = 64  # of an answer, more than the steps that are taken here; the seats of 256 rows then fit into 40 GiB
+TOKENS = 64  # of an answer, more than the steps that are taken here; the slots of 256 rows then fit into 40 GiB
 TIMED_STEPS = 8
 MOST_TRIES = 16  # of a step that is to be taken by a graph
 SHOWN, NAME = 20, 110  # kernels, characters of their names

@@ -61,7 +61,7 @@ def test_every_row_equals_the_reference_at_every_batch_size_and_in_any_order(mod
         assert_equals(model, found, expected[row["question_id"]])
 
 
-def test_rows_share_a_batch_whatever_their_picture_and_a_seat_is_taken_again(model, by_picture, monkeypatch):
+def test_rows_share_a_batch_whatever_their_picture_and_a_slot_is_taken_again(model, by_picture, monkeypatch):
     """One question a picture: the pictures are read once each, and the steps are far fewer than the tokens."""
     steps, read = [], []
     decode, prefill = Runner.decode, Runner.prefill_image
@@ -117,7 +117,7 @@ def test_running_out_of_memory_with_one_row_ends_the_run(model, by_picture, monk
 
 
 def test_a_row_whose_values_are_not_finite_harms_no_row_beside_it_or_after_it(model, by_picture, expected, monkeypatch):
-    """NaN in its keys and values, in its seat and in its picture's pages, all of which others use after it."""
+    """NaN in its keys and values, in its slot and in its picture's blocks, all of which others use after it."""
     pictures, broken = model.encode_images, []
 
     def break_the_first(pixels):
@@ -136,8 +136,8 @@ def test_a_row_whose_values_are_not_finite_harms_no_row_beside_it_or_after_it(mo
             assert_equals(model, found, expected[row["question_id"]])
 
 
-def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_it(model, monkeypatch):
-    """A row full of NaN with a long question leaves early, and a row with a short one moves into its seat."""
+def test_what_a_row_leaves_behind_in_its_slot_does_not_reach_the_one_who_takes_it(model, monkeypatch):
+    """A row full of NaN with a long question leaves early, and a row with a short one moves into its slot."""
     pictures = model.encode_images
 
     def break_the_first(pixels):
@@ -162,7 +162,7 @@ def test_what_a_row_leaves_behind_in_its_seat_does_not_reach_the_one_who_takes_i
 
 
 @pytest.mark.slow
-def test_a_question_too_wide_for_the_seats_and_one_of_many_passes(model, monkeypatch):
+def test_a_question_too_wide_for_the_slots_and_one_of_many_passes(model, monkeypatch):
     picture = open_picture(DATA / "cat.jpg")
     wide = "Tell me " + "very " * 700 + "much about it."
     questions = ["Why?", wide, "Is there a cat in the image?", wide[:900], "Why?"]
@@ -207,16 +207,16 @@ def test_a_lack_of_memory_for_long_questions_takes_nothing_from_the_others(model
         assert one.answer == two.answer
     usual, wide_ones = ([size for size in sizes if (size.width > 1000) == wide] for wide in (False, True))
     assert len(usual) == 2 and usual[0].slots == usual[1].slots, "before and after the long ones, of the same size"
-    seats, pages = [size.slots for size in wide_ones], [size.blocks["self"] for size in wide_ones]
-    assert seats[-1] <= 8 < seats[0] and seats == sorted(seats, reverse=True)
-    assert pages[-1] < pages[0]
-    assert any(f"{seats[-1]} rows with long questions at most" in note for note in stages.notes)
+    slots, blocks = [size.slots for size in wide_ones], [size.blocks["self"] for size in wide_ones]
+    assert slots[-1] <= 8 < slots[0] and slots == sorted(slots, reverse=True)
+    assert blocks[-1] < blocks[0]
+    assert any(f"{slots[-1]} rows with long questions at most" in note for note in stages.notes)
 
 
-def test_pictures_wait_for_pages_and_a_picture_larger_than_the_cache_gets_a_larger_one(
+def test_pictures_wait_for_blocks_and_a_picture_larger_than_the_cache_gets_a_larger_one(
     model, by_picture, expected, monkeypatch
 ):
-    """Pages for one picture at a time, of the smaller ones."""
+    """Blocks for one picture at a time, of the smaller ones."""
     sizes = []
 
     def scant(request, *_):
@@ -291,14 +291,14 @@ def test_attention_over_parts_of_the_keys_joins_to_attention_over_all(parts, mor
     keys, values = torch.randn(2, 1, 2, sum(parts) + more, 8, generator=generator)
     wanted = (queries @ keys.transpose(2, 3)).softmax(-1) @ values
     most = max(parts)
-    pages = torch.zeros(2, len(parts), 2, most, 8)
+    blocks = torch.zeros(2, len(parts), 2, most, 8)
     unseen = torch.ones(len(parts), 1, 1, most, dtype=torch.bool)
     start = 0
     for index, count in enumerate(parts):
-        pages[:, index, :, :count] = torch.stack([keys, values])[:, 0, :, start : start + count]
+        blocks[:, index, :, :count] = torch.stack([keys, values])[:, 0, :, start : start + count]
         unseen[index, :, :, :count] = False
         start += count
-    each = attend_partially(queries.expand(len(parts), -1, -1, -1), pages[0], pages[1], unseen, 1.0)
+    each = attend_partially(queries.expand(len(parts), -1, -1, -1), blocks[0], blocks[1], unseen, 1.0)
     index = torch.arange(len(parts))[None]
     first = merge_partials(
         each, torch.cat([index, index], dim=1), torch.tensor([[True] * len(parts) + [False] * len(parts)])
@@ -309,7 +309,7 @@ def test_attention_over_parts_of_the_keys_joins_to_attention_over_all(parts, mor
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 2**16), st.booleans())
-def test_every_row_finds_its_picture_and_every_page_its_rows(pictures, seed, padded):
+def test_every_row_finds_its_picture_and_every_block_its_rows(pictures, seed, padded):
     chance = random.Random(seed)
     free = list(range(40))
     chance.shuffle(free)

@@ -17,7 +17,7 @@ from vqa_embeddings.layers.kv_cache import KVPool
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.records import Extracted
 
-LONG_ANSWERS = 60  # tokens, so that widths change and rows leave at many different steps
+LONG_ANSWERS = 60  # tokens, so that widths change and rows finish at many different steps
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def answers(records) -> list[str]:
 
 @pytest.mark.parametrize("batch_size", [5, 31])
 def test_steps_by_captured_graphs_choose_the_same_tokens(model, pictures, without_graphs, batch_size):
-    """Rows of several pictures that leave one by one, and whose seats others take: few graphs, many replays."""
+    """Rows of several pictures that finish one by one, and whose slots others take: few graphs, many replays."""
     found, graphs = answers_with_graphs(model, pictures, batch_size)
     assert found == without_graphs
     replays = sum(graph.replays for graph in graphs)
@@ -58,7 +58,7 @@ def test_steps_by_captured_graphs_choose_the_same_tokens(model, pictures, withou
 
 
 def test_what_a_cache_held_before_reaches_no_row(model, pictures, monkeypatch):
-    """Not through the seats of a graph that are nobody's, whose tokens are none: of its eight, two or three here."""
+    """Not through the empty slots of a graph, whose tokens are none: of its eight, two or three here."""
     few = [(picture, asked[:2]) for picture, asked in pictures[:3]]
     wanted = answers(ask(model, few, 32))
     make = KVPool.__init__
