@@ -76,11 +76,11 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
 
     model = setup.checkpoint.family.load(
         setup.checkpoint,
-        setup.device.name,
-        setup.dtype.value,
-        setup.attention.value,
-        options.lora,
-        options.max_new_tokens,
+        device=setup.device.name,
+        dtype=setup.dtype.value,
+        attention=setup.attention.value,
+        lora=options.lora,
+        max_new_tokens=options.max_new_tokens,
     )
     began = claim_run(options.output_dir, setup.run)
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
@@ -118,12 +118,10 @@ def extract_rows(
         timings=timings,
         decode_options=DecodeOptions(options.max_megapixels, options.truncated_pictures == "show"),
     )
-    nan_guard = NaNGuard(
-        rows, assignment.pictures[rows], setup.dtype.value, finite_before=assignment.state.extracted > 0
-    )
-    shard = ShardWriter(
-        options.output_dir, launch_name, world.rank, setup.run, setup.table, options.checkpoint_interval
-    )
+    finite_before = assignment.state.extracted > 0
+    nan_guard = NaNGuard(rows, assignment.pictures[rows], setup.dtype.value, finite_before)
+    run, interval = setup.run, options.checkpoint_interval
+    shard = ShardWriter(options.output_dir, launch_name, world.rank, run, setup.table, interval)
     try:
         with shard, Progress(world, options.output_dir, launch_name, len(rows), assignment.slice_pending) as bar:
             for finished in nan_guard.release(records):
