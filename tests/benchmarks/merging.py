@@ -29,7 +29,7 @@ from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.store import parts
+from vqa_embeddings.store import part_writer, row_sources
 from vqa_embeddings.store import segments as shards
 from vqa_embeddings.store.run import COVERAGE_FILE, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
@@ -191,9 +191,9 @@ def _stages(out: Path, part_size: int) -> dict[str, float]:
 
     stages = {
         "verify": (shards, "find_damage"),
-        "read": (parts, "read_records"),
-        "write": (parts, "_write"),
-        "hash and fsync": (parts, "sync_and_hash"),
+        "read": (row_sources, "read_records"),
+        "write": (part_writer, "_write"),
+        "hash and fsync": (part_writer, "sync_and_hash"),
     }
     with ExitStack() as stack:
         for name, (module, function) in stages.items():

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.runs import random_run
-from vqa_embeddings.app.merge import Outcome, _report
+from vqa_embeddings.app.merge_record import write_record
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
@@ -181,7 +181,7 @@ def _account(clock: Timings, out: Path) -> float:
     failed, missing = int(coverage.failed.sum()), int(coverage.missing.sum())
     assert (failed, missing) == (files * FAILED_ROWS, len(rows) - order.size)
     with clock(f"list {missing} missing and {failed} failed rows"):
-        _report(out, catalog, Outcome(run, coverage, [], [], 0, 0))
+        write_record(out, coverage, 0, [], [], catalog.failures(coverage.failed))
     return 1000 * clock.seconds[look] / files
 
 

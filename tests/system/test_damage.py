@@ -30,7 +30,7 @@ from vqa_embeddings.base.process_pool import in_this_process
 from vqa_embeddings.data.csv_reader import FIELD_CHARACTERS
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Failed
-from vqa_embeddings.store.parts import recorded_hashes
+from vqa_embeddings.store.hash_ledger import recorded_hashes
 from vqa_embeddings.store.run import read_run
 from vqa_embeddings.store.segments import find_damage, read_failures, read_segments, write_segment
 

@@ -278,7 +278,7 @@ def ended_before_it_recorded(out: Path, monkeypatch: pytest.MonkeyPatch, *argume
     def ends(*arguments):
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(merge_module, "_report", ends)
+    monkeypatch.setattr(merge_module, "write_record", ends)
     with pytest.raises(StorageError):
         merge_here(parse_merge(None, ["--output-dir", str(out), *arguments]))
     monkeypatch.undo()

@@ -386,7 +386,7 @@ def test_a_merge_killed_after_it_replaced_a_part_leaves_no_stale_hash(out, monke
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "_report", die)
+    monkeypatch.setattr(merging, "write_record", die)
     with pytest.raises(KeyboardInterrupt):
         merging.merge(parse_merge(None, ["--output-dir", str(out), "--part-size", str(PART_SIZE)]))
     assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0

@@ -12,7 +12,6 @@ import pytest
 
 from tests.helpers.launching import ROOT, run
 from tests.helpers.odd_pictures import CAT, encoded, lay
-from vqa_embeddings.app.merge import _withdraw
 from vqa_embeddings.base.console import print_line
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.cluster.rendezvous import from_rank_zero
@@ -21,7 +20,8 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Failed
-from vqa_embeddings.store.parts import Part, announced_path
+from vqa_embeddings.store.hash_ledger import announced_path, withdraw
+from vqa_embeddings.store.parts import Part
 from vqa_embeddings.store.segments import _write_failed
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -106,5 +106,5 @@ def test_the_output_folder_of_an_array_is_printed_as_it_was_given():
 def test_the_hash_that_a_broken_disk_has_left_beside_a_part_does_not_end_a_merge(tmp_path):
     part = Part(tmp_path / "part.h5", "grouped", 1, 0, 1, 1000, np.zeros(1, np.int64))
     announced_path(part.path).write_bytes(b"\xff\xfe")
-    _withdraw([part], [{"sha256": "0" * 64}])
+    withdraw([part.path], [{"sha256": "0" * 64}])
     assert announced_path(part.path).exists()
