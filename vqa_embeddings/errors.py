@@ -1,4 +1,4 @@
-"""The ways in which this program says no: to a whole launch, before it or amid it, and to a single row."""
+"""The ways in which this program says no: to a whole launch, before or during it, and to a single row."""
 
 SAME_COMMAND = (
     "the same command continues"  # what a StorageError ends with; `messages.fail` says more where that is needed

@@ -1,4 +1,4 @@
-"""What becomes of a row: its values, or the reason why it has none."""
+"""The result of a row: its values, or the reason why it has none."""
 
 from __future__ import annotations
 

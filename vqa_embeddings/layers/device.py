@@ -110,7 +110,7 @@ def _claim(index: int) -> int:
 
 def count_processes(name: str) -> int:
     """How many processes are known to compute on the GPU of this name here, this one included."""
-    with suppress(OSError):  # a folder that cannot be listed tells of nobody
+    with suppress(OSError):  # a folder that cannot be listed tells of no process
         if name in _claims:
             return _claims[name].count()
     return 1

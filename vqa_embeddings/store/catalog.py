@@ -27,7 +27,7 @@ class Catalog:
     corrupt: list[Corrupt]
 
     def coverage(self) -> Coverage:
-        """What has become of every row."""
+        """Which rows are extracted, failed or missing."""
         return cover(
             len(self.table),
             [segment.rows for segment in self.segments],

@@ -19,7 +19,15 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store.hdf5 import Groups, get_dataset
 from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import CHUNK_ROWS, VECTORS, read_truncated, write_truncated
+from vqa_embeddings.store.segments import (
+    CHUNK_ROWS,
+    QUERY_TOKEN,
+    STATES,
+    VISION_ONLY,
+    VISION_TOKEN,
+    read_truncated,
+    write_truncated,
+)
 
 TEXTS = ("question_id", "image_id", "question", "ground_truth_answer", "answer")
 
@@ -40,7 +48,7 @@ def write_rows(
     for name, column in zip(TEXTS, texts, strict=True):
         file.create_dataset(name, data=list(column), dtype=h5py.string_dtype("utf-8"), track_times=False)
     write_truncated(file, records)
-    for name in VECTORS[1:]:
+    for name in STATES:
         Groups().new(file.id, name)
     packed = {"compression": "gzip", "shuffle": True} if compression == "gzip" else {}
     for name, values in _matrices(records, run):
@@ -65,10 +73,9 @@ def read_index(file: h5py.File, table: Table, first: int, last: int) -> tuple[np
 def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, run: Run) -> list[Extracted]:
     """Records of a part; the arguments as those of `write_rows`."""
     places = np.searchsorted(get_dataset(file, "row")[:], rows)
-    vision_only, answers = get_dataset(file, VECTORS[0])[:], get_dataset(file, "answer").asstr()[:]
+    vision_only, answers = get_dataset(file, VISION_ONLY)[:], get_dataset(file, "answer").asstr()[:]
     states = [
-        np.stack([get_dataset(file, f"{name}/layer_{layer}")[:] for layer in run.layers], axis=1)
-        for name in VECTORS[1:]
+        np.stack([get_dataset(file, f"{name}/layer_{layer}")[:] for layer in run.layers], axis=1) for name in STATES
     ]
     extra = {name: get_dataset(file, name)[:] for name in run.extra_vectors}
     truncated = read_truncated(file, len(answers)).tolist()
@@ -88,9 +95,9 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
 
 def _matrices(records: Sequence[Extracted], run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """The vectors of all rows, each float32 `[n, size]`, by name."""
-    yield VECTORS[0], np.stack([record.vision_only for record in records])
+    yield VISION_ONLY, np.stack([record.vision_only for record in records])
     for name in run.extra_vectors:
         yield name, np.stack([record.extra[name] for record in records])
     for index, layer in enumerate(run.layers):
-        yield f"{VECTORS[1]}/layer_{layer}", np.stack([record.vision_token[index] for record in records])
-        yield f"{VECTORS[2]}/layer_{layer}", np.stack([record.query_token[index] for record in records])
+        yield f"{VISION_TOKEN}/layer_{layer}", np.stack([record.vision_token[index] for record in records])
+        yield f"{QUERY_TOKEN}/layer_{layer}", np.stack([record.query_token[index] for record in records])

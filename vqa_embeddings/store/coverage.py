@@ -1,4 +1,4 @@
-"""What has become of every row, and what each part is to hold. Pure functions of plain values."""
+"""Which rows are extracted, failed or missing, and what each part is to hold. Pure functions of plain values."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store.hdf5 import Groups, get_dataset, get_group, new_memory_file
 from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import TRUNCATED, VECTORS
+from vqa_embeddings.store.segments import STATES, TRUNCATED, VISION_ONLY
 
 TEXTS = ("image_id", "question", "ground_truth_answer", "answer")
 TRUNCATED_COUNT = "truncated_pictures"  # attribute of the file: how many groups have theirs, where any has
@@ -72,10 +72,10 @@ def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, ru
     records = []
     for row in rows:
         read = partial(_read_dataset, file, table.ids[row - first])
-        states = [np.stack([read(f"{name}/layer_{layer}")[:] for layer in run.layers]) for name in VECTORS[1:]]
+        states = [np.stack([read(f"{name}/layer_{layer}")[:] for layer in run.layers]) for name in STATES]
         extra = {name: read(name)[:] for name in run.extra_vectors}
         answer, truncated = read("answer").asstr()[()], _is_truncated(file, table.ids[row - first])
-        records.append(Extracted(row, read(VECTORS[0])[:], states[0], states[1], extra, answer, truncated))
+        records.append(Extracted(row, read(VISION_ONLY)[:], states[0], states[1], extra, answer, truncated))
     return records
 
 
@@ -98,7 +98,7 @@ class _RowGroup:
         self._groups = Groups()
         self._file = new_memory_file()
         self._group = self._groups.new(self._file.id, "row")
-        for name in VECTORS[1:]:
+        for name in STATES:
             self._groups.new(self._group, name)
         self._creation = h5p.create(h5p.DATASET_CREATE)
         self._creation.set_obj_track_times(False)
@@ -134,8 +134,8 @@ class _RowGroup:
 
 def _vectors(record: Extracted, run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """The vectors of a row, each float32 `[n]`, by their names in its group."""
-    yield VECTORS[0], record.vision_only
+    yield VISION_ONLY, record.vision_only
     yield from ((name, record.extra[name]) for name in run.extra_vectors)
-    for name, states in zip(VECTORS[1:], (record.vision_token, record.query_token), strict=True):
+    for name, states in zip(STATES, (record.vision_token, record.query_token), strict=True):
         for layer, values in zip(run.layers, states, strict=True):
             yield f"{name}/layer_{layer}", values

@@ -86,7 +86,7 @@ def misread(path: Path, error: Exception) -> StorageError:
     """What is raised about a file whose hash is right, and which cannot be read."""
     return StorageError(
         f"{path} cannot be read, though its checksum holds ({one_line(error)}); "
-        f"mend the disk, or move the file away, and {SAME_COMMAND}"
+        f"repair the disk, or move the file away, and {SAME_COMMAND}"
     )
 
 

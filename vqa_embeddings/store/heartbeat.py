@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ HEADER = "time,to_do,done,failed"
 WRITE_SECONDS = 5.0  # between two lines of a rank
 LINE_BYTES = 80  # that a line has at most
 LISTED = 20  # shards of ranks that no longer work
-RECENT_SECONDS = 300.0  # over which a pace is taken
+RECENT_SECONDS = 300.0  # over which rows a second are taken
 SILENT_SECONDS = 180.0  # after which a rank that has not done all it had to is taken for stopped
 
 
@@ -87,7 +87,7 @@ class HeartbeatWriter:
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
     """What all ranks of all launches into an output folder have said, by the names of their shards."""
     found = (read_heartbeat(path) for path in sorted((folder / SHARDS_FOLDER).glob(f"*/{HEARTBEAT_FILE}")))
-    return [pace for pace in found if pace is not None]
+    return [heartbeat for heartbeat in found if heartbeat is not None]
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
@@ -134,29 +134,45 @@ def describe_shards(committed: Mapping[str, tuple[int, int]], heartbeats: Iterab
         heartbeats: what their ranks have said.
         now: seconds since 1970.
     """
-    at_work = {pace.shard: pace for pace in heartbeats if pace.is_at_work(now)}
-    ended = sorted(committed.keys() - at_work.keys())
-    listed = ended[-LISTED:]
-    lines: list[tuple[str, ...]] = [("shard", "committed", "failed", "done now", "rows/s")]
-    if len(ended) > LISTED:
-        before = [committed[name] for name in ended[:-LISTED]]
-        extracted, failed = (str(sum(counts)) for counts in zip(*before, strict=True))
-        lines.append((f"{len(before)} before these", extracted, failed, "", ""))
-    lines += [(name, *map(str, committed[name]), "", "") for name in listed]
-    for name, pace in sorted(at_work.items()):
-        extracted, failed = map(str, committed.get(name, (0, 0)))
-        lines.append((name, extracted, failed, f"{pace.done[-1]} of {pace.to_do}", f"{pace.rows_per_second():.1f}"))
-    if len(lines) == 1:
+    at_work = {heartbeat.shard: heartbeat for heartbeat in heartbeats if heartbeat.is_at_work(now)}
+    lines = [*_describe_ended(committed, at_work.keys()), *_describe_working(committed, at_work)]
+    if not lines:
         return []
+    header = ("shard", "committed", "failed", "done now", "rows/s")
+    return [*_align([header, *lines]), _describe_rate(list(at_work.values()))]
+
+
+Line = tuple[str, ...]
+
+
+def _describe_ended(committed: Mapping[str, tuple[int, int]], at_work: Collection[str]) -> Iterator[Line]:
+    """A line for each of the last shards whose ranks have ended, and one for all before."""
+    ended = sorted(committed.keys() - set(at_work))
+    before, listed = ended[:-LISTED], ended[-LISTED:]
+    if before:
+        extracted, failed = (sum(counts) for counts in zip(*(committed[name] for name in before), strict=True))
+        yield f"{len(before)} before these", str(extracted), str(failed), "", ""
+    yield from ((name, *map(str, committed[name]), "", "") for name in listed)
+
+
+def _describe_working(committed: Mapping[str, tuple[int, int]], at_work: Mapping[str, Heartbeat]) -> Iterator[Line]:
+    for name, heartbeat in sorted(at_work.items()):
+        extracted, failed = map(str, committed.get(name, (0, 0)))
+        done = f"{heartbeat.done[-1]} of {heartbeat.to_do}"
+        yield name, extracted, failed, done, f"{heartbeat.rows_per_second():.1f}"
+
+
+def _align(lines: Sequence[Line]) -> Iterator[str]:
+    """The lines as a table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ("  ".join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]).rstrip() for name, *texts in lines)
-    return [*table, _rate(list(at_work.values()))]
+    for name, *texts in lines:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]).rstrip()
 
 
-def _rate(heartbeats: Sequence[Heartbeat]) -> str:
+def _describe_rate(heartbeats: Sequence[Heartbeat]) -> str:
     if not heartbeats:
         return "no rank is at work"
-    rate, left = sum(pace.rows_per_second() for pace in heartbeats), sum(pace.left for pace in heartbeats)
+    rate, left = sum(one.rows_per_second() for one in heartbeats), sum(one.left for one in heartbeats)
     ranks = f"{len(heartbeats)} rank{'s' * (len(heartbeats) > 1)} at work"
     if rate == 0:
         return f"{ranks}, {left} rows to do, and no pace yet"

@@ -14,7 +14,7 @@ from vqa_embeddings.errors import StorageError
 from vqa_embeddings.records import Extracted
 from vqa_embeddings.store.hash_ledger import announce
 from vqa_embeddings.store.hdf5 import new_file
-from vqa_embeddings.store.parts import LAYOUTS
+from vqa_embeddings.store.parts import PART_LAYOUTS
 from vqa_embeddings.store.row_sources import PartRows, SegmentRows, read_source
 from vqa_embeddings.store.run import Run
 
@@ -91,4 +91,4 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
         for name, value in attributes.items():
             file.attrs[name] = value
         if records:
-            LAYOUTS[job.layout].write_rows(file, records, job.rows, job.first, run, job.compression)
+            PART_LAYOUTS[job.layout].write_rows(file, records, job.rows, job.first, run, job.compression)

@@ -21,7 +21,7 @@ from vqa_embeddings.store.segments import UNUSABLE, Corrupt
 
 # How the files of each layout are named, and what writes and reads them.
 NAMES = {"grouped": "{prefix}_embeddings_part_{number}.h5", "columnar": "{prefix}_columns_part_{number}.h5"}
-LAYOUTS = {"grouped": grouped, "columnar": columnar}
+PART_LAYOUTS = {"grouped": grouped, "columnar": columnar}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     parts: list[Part] = []
     corrupt: list[Corrupt] = []
     recorded = recorded_hashes(folder)
-    for layout in LAYOUTS:
+    for layout in PART_LAYOUTS:
         for number, path in _find_parts(folder, run, layout).items():
             read = partial(_read_part, path, layout, number, run, table, path.name in recorded)
             try:
@@ -100,5 +100,5 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
                 raise ValueError("it was this run's, and says that it is not")
             raise InputError(f"{path} belongs to another run or program; move it away, or check --output-dir")
         first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
-        rows, truncated = LAYOUTS[layout].read_index(file, table, first - 1, last)
+        rows, truncated = PART_LAYOUTS[layout].read_index(file, table, first - 1, last)
         return Part(path, layout, number, first - 1, last, size, rows, truncated, stamp_of(file))

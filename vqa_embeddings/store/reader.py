@@ -27,7 +27,7 @@ from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.hdf5 import get_dataset, open_file, stamp_of
 from vqa_embeddings.store.run import Run, read_run, read_run_rows
-from vqa_embeddings.store.segments import UNUSABLE, VECTORS
+from vqa_embeddings.store.segments import QUERY_TOKEN, UNUSABLE, VISION_ONLY, VISION_TOKEN
 
 if TYPE_CHECKING:
     import pandas
@@ -94,21 +94,21 @@ class _Absent:
     """Says why rows are not there. What has to be looked up for it is looked up once."""
 
     def __init__(self, folder: Path, catalog: Catalog, coverage: Coverage) -> None:
-        self._folder, self._holdings, self._coverage = folder, catalog, coverage
+        self._folder, self._catalog, self._coverage = folder, catalog, coverage
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        ids = self._holdings.table.ids
+        ids = self._catalog.table.ids
         return {ids[row]: row for row in np.flatnonzero(~self._coverage.extracted).tolist()}
 
     @cached_property
     def _reasons(self) -> dict[int, Failed]:
-        return self._holdings.failures(self._coverage.failed)
+        return self._catalog.failures(self._coverage.failed)
 
     def __call__(self, identity: str) -> str:
-        """What has become of a row that is not among those asked."""
+        """Why there is no row of this id."""
         row = self._rows.get(identity)
-        if row is None and identity in self._holdings.table.ids:
+        if row is None and identity in self._catalog.table.ids:
             return f"{identity!r} is not among the rows that were chosen of {self._folder}"
         if row is None:
             return f"{identity!r} is not a question_id of {self._folder}"
@@ -185,15 +185,15 @@ class Embeddings(Mapping[str, dict[str, Any]]):
 
     def query_token(self, layer: int) -> np.ndarray:
         """Outputs of a decoder layer at the last prompt token, float32 `[n, hidden]`."""
-        return self._read_matrix(VECTORS[2], layer)
+        return self._read_matrix(QUERY_TOKEN, layer)
 
     def vision_token(self, layer: int) -> np.ndarray:
         """Outputs of a decoder layer at the last image token, float32 `[n, hidden]`."""
-        return self._read_matrix(VECTORS[1], layer)
+        return self._read_matrix(VISION_TOKEN, layer)
 
     def vision_only(self) -> np.ndarray:
         """Means of the SigLIP patch features that the projector reads, float32 `[n, vision]`."""
-        return self._read_matrix(VECTORS[0])
+        return self._read_matrix(VISION_ONLY)
 
     def table(self) -> pandas.DataFrame:
         """Ids, pictures, questions, ground truths and answers, a row each. Needs pandas."""

@@ -14,7 +14,7 @@ from vqa_embeddings.records import Extracted
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import NOBODY, Coverage
 from vqa_embeddings.store.hdf5 import open_verified
-from vqa_embeddings.store.parts import LAYOUTS, Part
+from vqa_embeddings.store.parts import PART_LAYOUTS, Part
 from vqa_embeddings.store.run import Run
 from vqa_embeddings.store.segments import Segment, read_records
 
@@ -72,7 +72,7 @@ def read_source(source: SegmentRows | PartRows, table: Table, first: int, run: R
     if isinstance(source, SegmentRows):
         return read_records(source.path, source.positions, run.extra_vectors)
     with open_verified(source.path) as file:
-        return LAYOUTS[source.layout].read_rows(file, source.rows, table, first, run)
+        return PART_LAYOUTS[source.layout].read_rows(file, source.rows, table, first, run)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ CHECKSUM = ".sha256"
 FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
 LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
-VECTORS = ("vision_only_representation", "vision_token_representation", "query_token_representation")
+VISION_ONLY, VISION_TOKEN, QUERY_TOKEN = (
+    "vision_only_representation",
+    "vision_token_representation",
+    "query_token_representation",
+)
+STATES = (VISION_TOKEN, QUERY_TOKEN)  # of several layers each
 TRUNCATED = "picture_truncated"  # only where there is such a row: bool, whether its picture is cut off
 NO_CHECKSUM = "its checksum is not there"
 # What a file raises that is not what its name says.
@@ -240,14 +245,16 @@ def read_records(path: Path, positions: Sequence[int], extra: Iterable[str]) -> 
     """
     extra, lowest, highest = list(extra), min(positions), max(positions) + 1
     with open_verified(path) as file:
-        columns = {name: get_dataset(file, name)[lowest:highest] for name in ("row", "answer", *VECTORS, *extra)}
+        columns = {
+            name: get_dataset(file, name)[lowest:highest] for name in ("row", "answer", VISION_ONLY, *STATES, *extra)
+        }
         truncated = read_truncated(file, len(get_dataset(file, "row")))[lowest:highest].tolist()
     return [
         Extracted(
             row=int(columns["row"][place]),
-            vision_only=columns[VECTORS[0]][place],
-            vision_token=columns[VECTORS[1]][place],
-            query_token=columns[VECTORS[2]][place],
+            vision_only=columns[VISION_ONLY][place],
+            vision_token=columns[VISION_TOKEN][place],
+            query_token=columns[QUERY_TOKEN][place],
             extra={name: columns[name][place] for name in extra},
             answer=columns["answer"][place].decode(),
             truncated=truncated[place],
@@ -287,7 +294,7 @@ def read_failures(path: Path) -> list[Failed]:
 
 def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
     count, states = len(records), (len(run.layers), run.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = dict(zip(VECTORS, ((run.vision_size,), states, states), strict=True))
+    shapes: dict[str, tuple[int, ...]] = {VISION_ONLY: (run.vision_size,), VISION_TOKEN: states, QUERY_TOKEN: states}
     shapes.update({name: (size,) for name, size in run.extra_vectors.items()} if records else {})
     file.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
     _write_text(file, "question_id", [_short(table.ids[record.row]) for record in records])
@@ -304,7 +311,7 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
 
 def _vector(record: Extracted, name: str) -> np.ndarray:
     """A vector of a record, or its states in all layers, by the name in a segment."""
-    own = dict(zip(VECTORS, (record.vision_only, record.vision_token, record.query_token), strict=True))
+    own = {VISION_ONLY: record.vision_only, VISION_TOKEN: record.vision_token, QUERY_TOKEN: record.query_token}
     return own[name] if name in own else record.extra[name]
 
 

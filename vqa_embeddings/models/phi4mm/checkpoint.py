@@ -27,7 +27,7 @@ from vqa_embeddings.models.phi4mm.adapters import (
     settings_among,
     settings_in_folder,
 )
-from vqa_embeddings.models.phi4mm.formats import LAYOUTS, PROCESSOR_FILES, TOKENIZER_FILES, is_read, refuse_wrapped
+from vqa_embeddings.models.phi4mm.formats import FORMATS, PROCESSOR_FILES, TOKENIZER_FILES, is_read, refuse_wrapped
 from vqa_embeddings.models.phi4mm.settings import PictureSettings, added_tokens, find_ends, find_picture_settings
 
 PICTURE_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -64,7 +64,7 @@ def inspect(
     Args:
         lora: what is done with the vision adapter; "none" where the weights hold it, and no other has to be there.
     """
-    layout = LAYOUTS[config["model_type"]]
+    layout = FORMATS[config["model_type"]]
     _check_tokenizer(folder, layout)
     tensors = find_tensors(folder)
     refuse_wrapped(str(folder), tensors)
