@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vqa_embeddings.models.checkpoint import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from vqa_embeddings.models.phi4mm.checkpoint import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from vqa_embeddings.models.phi4mm.random_checkpoint import SMALL, Sizes, make_checkpoint
 
 WORDS, SPECIAL_TOKENS = 49152, 7
