@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, questions, write_checkpoint, write_pictures
+from tests.benchmarks.inputs import FULL, HUNDREDTH, Noting, load, questions, write_checkpoint, write_pictures
 from tests.benchmarks.published import Published
 from tests.benchmarks.work import Work, matrix_rate, synchronise, work_of
-from tests.helpers.asking import load
 from vqa_embeddings.app.extract import extract
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.decode import open_picture

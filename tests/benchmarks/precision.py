@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import smollm2
-from tests.helpers.asking import load
+from tests.benchmarks.inputs import load
 from tests.helpers.massive import make_massive
 from tests.helpers.reference import LARGEST, Reference, cosine, relative_error
 from vqa_embeddings.app.demo import DATA

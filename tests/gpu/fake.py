@@ -29,9 +29,8 @@ import torch
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from transformers.initialization import no_init_weights
 
-from tests.benchmarks.inputs import FULL, questions, write_pictures
+from tests.benchmarks.inputs import FULL, load, questions, write_pictures
 from tests.gpu.fake_device import FakeDevice, Operator
-from tests.helpers.asking import load
 from vqa_embeddings.app.extract import extract
 from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
