@@ -25,6 +25,8 @@ from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import Run, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
 
+pytestmark = pytest.mark.slow  # nearly every test runs the program; test_embeddings merges in this process
+
 ROWS, PART_SIZE = 23, 5
 LAYERS = [0, 2, 3]
 PART = "phi4_multimodal_embeddings_part_{:03d}.h5"

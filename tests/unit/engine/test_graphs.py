@@ -17,6 +17,8 @@ from vqa_embeddings.layers.kv_cache import KVPool
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.records import Extracted
 
+pytestmark = pytest.mark.slow  # every test answers all 31 rows with answers of 60 tokens
+
 LONG_ANSWERS = 60  # tokens, so that widths change and rows finish at many different steps
 
 

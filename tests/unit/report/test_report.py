@@ -32,6 +32,7 @@ def report(out: Path) -> str:
     return (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_is_the_same_until_something_changes(out):
     commit(out, [record(row) for row in range(ROWS - 1)])
     assert merge(out, "--part-size", PART_SIZE).returncode == 3
@@ -92,6 +93,7 @@ def test_states_that_do_not_depend_on_the_picture_are_seen_at_once(out):
     ]
 
 
+@pytest.mark.slow
 def test_what_is_right_has_no_warning_and_pictures_that_are_elsewhere_are_said_to_be(out):
     commit(out, [record(row) for row in range(ROWS)])
     assert merge(out).returncode == 0
@@ -161,6 +163,7 @@ def test_thumbnails_come_only_from_below_the_folder(tmp_path):
     assert make_thumbnails(Path("images"), names) == {}
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_report_is_written_is_one_sentence(out, small_disk):
     commit(out, [record(row) for row in range(ROWS)])
     assert merge(out).returncode == 0
