@@ -121,10 +121,10 @@ class StandInFamily:
     def inspect(self, folder: Path, name: str, revision: str, config: dict, lora: str) -> Checkpoint:
         sizes, extra = ([0, 1, LAYERS - 1], HIDDEN, VISION), {MEAN_COLOUR: 3}
         return Checkpoint(
-            self, name, folder, revision, "plain", *sizes, extra, {}, "float32", fingerprint(folder), config
+            self, name, folder, revision, "plain", "", *sizes, extra, {}, "float32", fingerprint(folder), config
         )
 
-    def describe_form(self, checkpoint: Checkpoint, lora: str) -> str:
+    def describe_form(self, checkpoint: Checkpoint) -> str:
         return "plain"
 
     def describe_settings(self, checkpoint: Checkpoint) -> str:

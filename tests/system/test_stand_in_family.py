@@ -108,7 +108,8 @@ def test_a_family_of_a_hundred_lines_is_launched_killed_resumed_and_merged(tmp_p
     assert merged.returncode == 0, merged.stdout + merged.stderr
     assert merge(out, "--layout", "columnar", "--part-size", PART_SIZE).returncode == 0
     described = json.loads((out / "run.json").read_text())
-    assert (described["model_type"], described["file_prefix"]) == ("stand-in", "stand_in")
+    assert (described["model_type"], described["file_prefix"], described["lora"]) == ("stand-in", "stand_in", "")
+    assert "LoRA" not in (out / "report.html").read_text() + done.stdout, "it has none"
 
     with h5py.File(out / "stand_in_embeddings_part_001.h5") as part:
         assert part.attrs["model_type"] == "stand-in" and part.attrs["num_samples"] == len(part) == count

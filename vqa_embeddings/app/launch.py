@@ -100,7 +100,7 @@ def describe_run(
         revision=checkpoint.revision,
         model_sha256=checkpoint.fingerprint,
         layout=checkpoint.layout,
-        lora=options.lora,
+        lora=checkpoint.lora,
         dtype=dtype.value,
         attn_implementation=attention.value,
         layers=checkpoint.layers,

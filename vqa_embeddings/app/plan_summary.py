@@ -45,7 +45,7 @@ def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> 
         f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {format_size(to_write)} to write now, "
         f"{format_size(parts)} for the parts later; {format_size(free)} free in {options.output_dir}"
     )
-    form = setup.checkpoint.family.describe_form(setup.checkpoint, run.lora)
+    form = setup.checkpoint.family.describe_form(setup.checkpoint)
     yield f"model: {run.model} ({form}), layers {', '.join(map(str, run.layers))}"
     yield setup.checkpoint.family.describe_settings(setup.checkpoint)
     yield f"device: {device.description}{describe_devices(device)}"

@@ -34,6 +34,7 @@ class Checkpoint:
     folder: Path
     revision: str
     layout: str  # the form that its files have, as `run.json` names it
+    lora: str  # what is done with its adapter, as `--lora` names it; empty where the family has none
     layers: list[int]  # the decoder layers whose states are stored
     hidden_size: int
     vision_size: int
@@ -68,7 +69,7 @@ class ModelFamily(Protocol):
             InputError: it is not whole, or not what it should be.
         """
 
-    def describe_form(self, checkpoint: Any, lora: str) -> str:
+    def describe_form(self, checkpoint: Any) -> str:
         """For the plan, what kind of checkpoint it is, and what is done with its adapter."""
 
     def describe_settings(self, checkpoint: Any) -> str:

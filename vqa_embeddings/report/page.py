@@ -88,7 +88,8 @@ class Page:
         """The settings that the vectors depend on."""
         run = self.run
         layers = ", ".join(map(str, run.layers))
-        settings = f"{run.dtype}, {run.attn_implementation}, vision LoRA {run.lora}, layers {layers}"
+        adapter = f"vision LoRA {run.lora}, " if run.lora else ""
+        settings = f"{run.dtype}, {run.attn_implementation}, {adapter}layers {layers}"
         return f"{settings}, begun {run.created_at}"
 
     @property

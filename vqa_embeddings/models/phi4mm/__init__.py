@@ -44,9 +44,9 @@ class Phi4Family:
 
         return inspect(self, folder, name, revision, config, lora)
 
-    def describe_form(self, checkpoint: Phi4Checkpoint, lora: str) -> str:
+    def describe_form(self, checkpoint: Phi4Checkpoint) -> str:
         """See `ModelFamily.describe_form`."""
-        used = "none: the weights hold it" if lora == "none" else lora
+        used = "none: the weights hold it" if checkpoint.lora == "none" else checkpoint.lora
         return f"{checkpoint.layout} layout, vision LoRA {used}"
 
     def describe_settings(self, checkpoint: Phi4Checkpoint) -> str:

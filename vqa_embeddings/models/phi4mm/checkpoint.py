@@ -80,6 +80,7 @@ def inspect(
         folder=folder,
         revision=revision,
         layout=layout,
+        lora=lora,
         layers=layers,
         hidden_size=hidden_size,
         vision_size=vision_size,
