@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.gpu.fake import Report, Scene
+from tests.gpu.fake import Report, Scene, run
 from tests.gpu.fake_device import FakeDevice
-from tests.helpers.launching import ROOT, run
+from tests.helpers.launching import ROOT
 from vqa_embeddings.engine import capacity, core, cuda_graphs, runner
 from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
 from vqa_embeddings.engine.runner import Runner
