@@ -304,7 +304,10 @@ def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, ta
     for name, shape in shapes.items():
         data = np.empty((count, *shape), np.float32)
         for position, record in enumerate(records):
-            data[position] = _vector(record, name)
+            vector = _vector(record, name)
+            if name in run.extra_vectors and vector.shape != shape:  # which numpy might stretch without a word
+                raise ValueError(f"{name} of row {record.row + 1} has shape {vector.shape}; expected {shape}")
+            data[position] = vector
         chunks = (min(CHUNK_ROWS, count), *shape) if count else None
         file.create_dataset(name, data=data, chunks=chunks, fletcher32=bool(count), track_times=False)
 
