@@ -17,6 +17,7 @@ from vqa_embeddings.store.hdf5 import new_file
 from vqa_embeddings.store.parts import PART_LAYOUTS
 from vqa_embeddings.store.row_sources import PartRows, SegmentRows, read_source
 from vqa_embeddings.store.run import Run
+from vqa_embeddings.store.segments import VISION_ONLY, VISION_TOKEN, vector_shapes, vectors_of
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ def write_part(job: PartJob) -> tuple[Path, str]:
 
 
 def _check_sizes(records: Sequence[Extracted], job: PartJob) -> None:
-    run = job.run
-    states = (len(run.layers), run.hidden_size)
+    expected = vector_shapes(job.run)
     for record in records:
-        found = (record.vision_only.shape, record.vision_token.shape, record.query_token.shape)
-        extra = {name: len(vector) for name, vector in record.extra.items()}
-        if found != ((run.vision_size,), states, states) or extra != run.extra_vectors:
+        found = {name: vector.shape for name, vector in vectors_of(record).items()}
+        if found != expected:
+            further = "".join(f" and {expected[name]}" for name in job.run.extra_vectors)
             raise StorageError(
-                f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found))}; expected "
-                f"({run.vision_size},) and twice {states}: its file is not this run's, move it away, and merge again"
+                f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found.values()))}; expected "
+                f"{expected[VISION_ONLY]} and twice {expected[VISION_TOKEN]}{further}: its file is not this run's, "
+                "move it away, and merge again"
             )
 
 

@@ -32,11 +32,9 @@ CHECKSUM = ".sha256"
 FORMAT = b"vqa_embeddings segment 1"
 CHUNK_ROWS = 16
 LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
-VISION_ONLY, VISION_TOKEN, QUERY_TOKEN = (
-    "vision_only_representation",
-    "vision_token_representation",
-    "query_token_representation",
-)
+VISION_ONLY = "vision_only_representation"
+VISION_TOKEN = "vision_token_representation"
+QUERY_TOKEN = "query_token_representation"
 STATES = (VISION_TOKEN, QUERY_TOKEN)  # of several layers each
 TRUNCATED = "picture_truncated"  # only where there is such a row: bool, whether its picture is cut off
 NO_CHECKSUM = "its checksum is not there"
@@ -79,7 +77,7 @@ class ShardWriter:
         self._number = 0
         self._pending: list[Extracted | Failed] = []
         # For what is pending, and for what is being written.
-        self._filling, self._spare = _Memory(run.extra_vectors), _Memory(run.extra_vectors)
+        self._filling, self._spare = _Memory(run), _Memory(run)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="segments")
         self._behind: tuple[Future[None], list[Extracted | Failed]] | None = None
         self.committed = 0
@@ -143,28 +141,44 @@ class _Memory:
 
     BLOCK = 1000  # rows
 
-    def __init__(self, extra: Iterable[str]) -> None:
-        self._extra = tuple(extra)
-        self._blocks: list[list[np.ndarray]] = []
+    def __init__(self, run: Run) -> None:
+        self._shapes = vector_shapes(run)
+        self._blocks: list[dict[str, np.ndarray]] = []
 
     def keep(self, place: int, record: Extracted) -> Extracted:
-        """The same record, its vectors copied to this place."""
-        extra = [record.extra[name] for name in self._extra]
-        vectors = [record.vision_only, record.vision_token, record.query_token, *extra]
+        """The same record, its vectors copied to this place; those that the run does not store are left out."""
+        vectors = vectors_of(record)
         block, index = divmod(place, self.BLOCK)
         if block == len(self._blocks):
-            self._blocks.append([np.empty((self.BLOCK, *vector.shape), np.float32) for vector in vectors])
-        copies = [room[index] for room in self._blocks[block]]
-        for copy, vector in zip(copies, vectors, strict=True):
-            copy[...] = vector
-        vision_only, vision_token, query_token, *extra = copies
+            shapes = self._shapes.items()
+            self._blocks.append({name: np.empty((self.BLOCK, *shape), np.float32) for name, shape in shapes})
+        copies = {name: room[index] for name, room in self._blocks[block].items()}
+        for name, copy in copies.items():
+            if vectors[name].shape != copy.shape:  # which numpy might stretch without a word
+                raise ValueError(
+                    f"{name} of row {record.row + 1} has shape {vectors[name].shape}; expected {copy.shape}"
+                )
+            copy[...] = vectors[name]
         return replace(
             record,
-            vision_only=vision_only,
-            vision_token=vision_token,
-            query_token=query_token,
-            extra=dict(zip(self._extra, extra, strict=True)),
+            vision_only=copies.pop(VISION_ONLY),
+            vision_token=copies.pop(VISION_TOKEN),
+            query_token=copies.pop(QUERY_TOKEN),
+            extra=copies,
         )
+
+
+def vector_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """The shapes of a row's vectors, and of its states in all layers together, by their names in a segment."""
+    states = (len(run.layers), run.hidden_size)
+    extra = {name: (size,) for name, size in run.extra_vectors.items()}
+    return {VISION_ONLY: (run.vision_size,), VISION_TOKEN: states, QUERY_TOKEN: states, **extra}
+
+
+def vectors_of(record: Extracted) -> dict[str, np.ndarray]:
+    """A row's vectors, and its states in all layers together, by their names in a segment."""
+    own = {VISION_ONLY: record.vision_only, VISION_TOKEN: record.vision_token, QUERY_TOKEN: record.query_token}
+    return {**own, **record.extra}
 
 
 def write_segment(path: Path, records: Sequence[Extracted | Failed], run: Run, table: Table) -> None:
@@ -293,29 +307,21 @@ def read_failures(path: Path) -> list[Failed]:
 
 
 def _write_extracted(file: h5py.File, records: Sequence[Extracted], run: Run, table: Table) -> None:
-    count, states = len(records), (len(run.layers), run.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {VISION_ONLY: (run.vision_size,), VISION_TOKEN: states, QUERY_TOKEN: states}
-    shapes.update({name: (size,) for name, size in run.extra_vectors.items()} if records else {})
+    count = len(records)
     file.create_dataset("row", data=np.array([record.row for record in records], np.int64), track_times=False)
     _write_text(file, "question_id", [_short(table.ids[record.row]) for record in records])
     _write_text(file, "image_id", [_short(table.images[record.row]) for record in records])
     _write_text(file, "answer", [record.answer for record in records])
     write_truncated(file, records)
-    for name, shape in shapes.items():
+    vectors = [vectors_of(record) for record in records]
+    for name, shape in vector_shapes(run).items():
+        if name in run.extra_vectors and not records:
+            continue
         data = np.empty((count, *shape), np.float32)
-        for position, record in enumerate(records):
-            vector = _vector(record, name)
-            if name in run.extra_vectors and vector.shape != shape:  # which numpy might stretch without a word
-                raise ValueError(f"{name} of row {record.row + 1} has shape {vector.shape}; expected {shape}")
-            data[position] = vector
+        for position, of_row in enumerate(vectors):
+            data[position] = of_row[name]
         chunks = (min(CHUNK_ROWS, count), *shape) if count else None
         file.create_dataset(name, data=data, chunks=chunks, fletcher32=bool(count), track_times=False)
-
-
-def _vector(record: Extracted, name: str) -> np.ndarray:
-    """A vector of a record, or its states in all layers, by the name in a segment."""
-    own = {VISION_ONLY: record.vision_only, VISION_TOKEN: record.vision_token, QUERY_TOKEN: record.query_token}
-    return own[name] if name in own else record.extra[name]
 
 
 def _write_failed(group: h5py.Group, records: Sequence[Failed], table: Table) -> None:
