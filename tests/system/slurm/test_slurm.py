@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from tests.helpers.launching import COPIES, ROOT, TERMS, arguments_for, of_copies
+from tests.helpers.output_folders import PART_SIZE, ROWS, begin_run, commit, contents, record
 from tests.helpers.published_reader import read_published
 from tests.helpers.tables import table_rows, write_table
 from tests.system.slurm.cluster import NODES, Cluster, until, why_not
 from tests.system.test_rows import assert_equal_to_reference
-from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from vqa_embeddings.store.heartbeat import read_heartbeats
 
 LAUNCH = ROOT / "launch" / "slurm"
@@ -164,7 +164,9 @@ def test_tasks_preempted_requeued_and_out_of_time_continue(user, expected):
     ranks = user.processes(late)
     for rank in ranks:  # so that it has not ended by the time that its time is over
         rank.suspend()
-    user.run("scontrol", "update", f"JobId={late}", "EndTime=now+25")
+    # Slurm looks at the times every 30 s and warns up to 50 s before the end: so at one of its looks it warns, and only
+    # at a later one could it end the task, which would wake the ranks.
+    user.run("scontrol", "update", f"JobId={late}", "EndTime=now+45")
     user.run("scontrol", "requeue", requeued)
     node = user.cluster.facts(preempted)["BatchHost"]
     user.run("sbatch", "--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=sleep 3")
