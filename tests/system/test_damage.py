@@ -19,11 +19,11 @@ import pytest
 
 from tests.helpers.launching import ROOT, arguments_for, command, merge, run
 from tests.helpers.odd_pictures import bad, lay
+from tests.helpers.output_folders import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record
 from tests.helpers.published_reader import read_published
 from tests.helpers.tables import table_rows, write_table
 from tests.system.test_failures import read_csv
 from tests.system.test_rows import assert_equal_to_reference
-from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.base.process_pool import in_this_process
@@ -157,7 +157,7 @@ STORM = """
 import os, random, signal, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-from tests.unit.app.test_merge import ROWS, record
+from tests.helpers.output_folders import ROWS, record
 from vqa_embeddings.store.run import read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
 

@@ -20,10 +20,10 @@ import psutil
 import pytest
 
 from tests.helpers.launching import ROOT, TERMS, arguments_for, kill, merge, processes, run, segments, settings_for_runs
+from tests.helpers.output_folders import PART_SIZE, ROWS, begin_run, commit, contents, record
 from tests.helpers.published_reader import read_published
 from tests.helpers.running import Running, all_end, assert_complete, stop_at_random_moments, until
 from tests.system.test_rows import assert_equal_to_reference
-from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.records import Failed
 

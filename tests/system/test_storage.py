@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import COPIES, ROOT, arguments_for, begin, command, merge, of_copies, run, segments
+from tests.helpers.output_folders import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record
 from tests.helpers.published_reader import read_published
 from tests.helpers.running import Running, until
 from tests.helpers.tables import table_rows, write_table
 from tests.system.test_rows import assert_equal_to_reference
-from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, coverage, record
 from vqa_embeddings.app import merge as merge_module
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.app.merge import merge as merge_here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -14,92 +13,33 @@ import numpy as np
 import pytest
 
 from tests.helpers.launching import merge
+from tests.helpers.output_folders import (
+    LAYERS,
+    PART,
+    PART_SIZE,
+    ROWS,
+    assert_right,
+    begin_run,
+    commit,
+    contents,
+    coverage,
+    record,
+)
 from tests.helpers.published_reader import read_published
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
-from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import InputError
-from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.records import Failed
 from vqa_embeddings.store.catalog import scan
-from vqa_embeddings.store.run import Run, check_run, claim_run, keep_rows, read_run, read_run_rows
-from vqa_embeddings.store.segments import ShardWriter
+from vqa_embeddings.store.run import read_run, read_run_rows
 
 pytestmark = pytest.mark.slow  # nearly every test runs the program; test_embeddings merges in this process
-
-ROWS, PART_SIZE = 23, 5
-LAYERS = [0, 2, 3]
-PART = "phi4_multimodal_embeddings_part_{:03d}.h5"
-
-
-def record(row: int) -> Extracted:
-    """Values that tell the row: no two rows of the table have one in common."""
-    values = np.random.default_rng(row).standard_normal((2, 3, 8)).astype(np.float32)
-    return Extracted(row, np.full(6, row, np.float32), values[0], values[1], extra={}, answer=f"answer {row} é")
-
-
-def commit(out: Path, records, interval: int = 4, rank: int = 0) -> None:
-    run = read_run(out)
-    with ShardWriter(
-        out, f"launch{len(list(out.glob('shards/*')))}", rank, run, read_run_rows(out, run), interval
-    ) as shard:
-        shard.add(records)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return begin_run(tmp_path)
-
-
-def begin_run(tmp_path: Path, name: str = "q{}") -> Path:
-    """An output folder whose run has begun and whose shards are empty."""
-    table = tmp_path / "vqa.csv"
-    lines = [f"{name.format(row)},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
-    table.write_text("question_id,image_id,question,answer\n" + "\n".join(lines) + "\n")
-    rows = read_table(table)
-    run = Run(
-        rows=ROWS,
-        rows_sha256=rows.fingerprint(),
-        model="small",
-        revision="local",
-        model_sha256="0" * 64,
-        layout="native",
-        lora="merged",
-        dtype="float32",
-        attn_implementation="sdpa",
-        layers=LAYERS,
-        max_new_tokens=8,
-        pixel_mean=False,
-        hidden_size=8,
-        vision_size=6,
-        device="cpu",
-        versions={"torch": "2.0"},
-    )
-    folder = tmp_path / "out"
-    check_run(folder, run)
-    claim_run(folder, run)
-    keep_rows(folder, lambda target: shutil.copy(table, target))
-    return folder
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def coverage(out: Path) -> dict:
-    return json.loads((out / "coverage.json").read_text())
-
-
-def assert_right(out: Path, rows: set[int]) -> None:
-    read = read_published(out)
-    assert read.keys() == {f"q{row}" for row in rows}
-    for row in rows:
-        found, wanted = read[f"q{row}"], record(row)
-        assert (found["answer"], found["question"]) == (wanted.answer, f"question {row}")
-        assert (found["vision_only"] == wanted.vision_only).all()
-        for index, layer in enumerate(LAYERS):
-            assert (found["vision_token"][layer] == wanted.vision_token[index]).all()
-            assert (found["query_token"][layer] == wanted.query_token[index]).all()
 
 
 def test_merging_again_changes_no_byte_and_merging_anew_gives_the_same(out):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.launching import merge
-from tests.unit.app.test_merge import begin_run, commit, record
+from tests.helpers.output_folders import begin_run, commit, record
 from vqa_embeddings.app.plan_summary import describe_pictures, find_shortage
 
 

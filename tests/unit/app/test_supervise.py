@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import ROOT
-from tests.unit.app.test_merge import ROWS, begin_run, commit
+from tests.helpers.output_folders import ROWS, begin_run, commit
 from vqa_embeddings.app import requeue as requeue_module
 from vqa_embeddings.app import supervise as supervise_module
 from vqa_embeddings.app.demo import DATA

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.unit.app.test_merge import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
+from tests.helpers.output_folders import PART_SIZE, ROWS, assert_right, begin_run, commit, contents, coverage, record
 from tests.unit.store.test_embeddings import COLUMNS
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.assignment import Assignment, read_work_state

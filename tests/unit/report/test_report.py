@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.launching import ROOT, merge, run
-from tests.unit.app.test_merge import PART_SIZE, ROWS, begin_run, commit, contents, record
+from tests.helpers.output_folders import PART_SIZE, ROWS, begin_run, commit, contents, record
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.records import Failed
 from vqa_embeddings.report.build import SAMPLE, choose_sample, count_stripes

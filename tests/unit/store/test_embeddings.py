@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.launching import ROOT
+from tests.helpers.output_folders import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
 from tests.helpers.published_reader import read_published
 from tests.system.test_damage import links_away, links_within, shows_another_file, stores_away
-from tests.unit.app.test_merge import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, coverage, record
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.cli.options import parse_merge
