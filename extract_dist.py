@@ -79,7 +79,6 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         device=setup.device.name,
         dtype=setup.dtype.value,
         attention=setup.attention.value,
-        lora=options.lora,
         max_new_tokens=options.max_new_tokens,
     )
     began = claim_run(options.output_dir, setup.run)

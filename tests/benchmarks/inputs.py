@@ -76,7 +76,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, ending: bool, device: str = "cp
 
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any, Any]:
     """Model, tokenizer and image processor, as the extraction loads them."""
-    return load_model(find_checkpoint(str(folder), None, folder), device, dtype, "sdpa", "merged")
+    return load_model(find_checkpoint(str(folder), None, folder), device, dtype, "sdpa")
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[str]:

@@ -21,8 +21,8 @@ TOLERANCE = 1e-4
 def load(
     checkpoint: Path, lora: str = "merged", attention: str = "sdpa", tokens: int = TOKENS, dtype: str = "float32"
 ) -> Phi4:
-    found = find_checkpoint(str(checkpoint), None, checkpoint)
-    return Phi4(*load_model(found, "cpu", dtype, attention, lora), tokens)
+    found = find_checkpoint(str(checkpoint), None, checkpoint, lora)
+    return Phi4(*load_model(found, "cpu", dtype, attention), tokens)
 
 
 def ask(

@@ -29,9 +29,7 @@ PROJECTOR = "model.embed_tokens_extend.image_embed.img_projection_down"
 def make_massive(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint of the native layout once more, with such a dimension."""
     shutil.copytree(checkpoint, folder)
-    model, tokenizer, _ = load_model(
-        find_checkpoint(str(checkpoint), None, checkpoint), "cpu", "float32", "sdpa", "merged"
-    )
+    model, tokenizer, _ = load_model(find_checkpoint(str(checkpoint), None, checkpoint), "cpu", "float32", "sdpa")
     norms = {name: part for name, part in model.model.named_modules() if type(part).__name__.endswith("RMSNorm")}
     read, normed = _watch(norms), f"layers.{LAYER}.post_attention_layernorm"
     with torch.inference_mode():

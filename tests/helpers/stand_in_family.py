@@ -130,7 +130,7 @@ class StandInFamily:
     def describe_settings(self, checkpoint: Checkpoint) -> str:
         return f"{PATCHES} patches a picture"
 
-    def load(self, checkpoint, device, dtype, attention, lora, max_new_tokens) -> StandIn:
+    def load(self, checkpoint, device, dtype, attention, max_new_tokens) -> StandIn:
         return StandIn(checkpoint, device, max_new_tokens)
 
     def write_random_checkpoint(self, folder: Path) -> None:

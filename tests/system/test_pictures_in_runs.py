@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.asking import load
 from tests.helpers.launching import ROOT, arguments_for, command, run
 from tests.helpers.odd_pictures import CAT, encoded, lay
 from tests.helpers.published_reader import read_published
 from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.app.demo import DATA
+from vqa_embeddings.app.extract import extract
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
@@ -146,11 +148,7 @@ def test_rows_that_failed_on_pictures_cut_off_are_tried_again_in_the_same_folder
 
 def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted]:
     """The first row, its picture opened by a decode process."""
-    from vqa_embeddings.app.extract import extract
-    from vqa_embeddings.models.phi4mm.model import Phi4
-    from vqa_embeddings.models.phi4mm.weights import load_model
-
-    found = find_checkpoint(str(checkpoint), None, checkpoint)
-    engine = Phi4(*load_model(found, "cpu", "float32", "sdpa", "merged"), 3)
-    records = extract(engine, table, [0], PictureFolder(images), batch_size=None, workers=1, decode_options=SHOW)
+    records = extract(
+        load(checkpoint, tokens=3), table, [0], PictureFolder(images), batch_size=None, workers=1, decode_options=SHOW
+    )
     return [record for some in records for record in some]

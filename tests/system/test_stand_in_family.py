@@ -37,7 +37,7 @@ from vqa_embeddings.app.demo import DATA
 TOKENS, PART_SIZE = 12, 10_000
 REGISTER = """
 from vqa_embeddings.models import registry
-registry.FAMILIES["stand_in"] = "tests.helpers.stand_in_family:FAMILY"
+registry.FAMILIES.append("tests.helpers.stand_in_family:FAMILY")
 """
 
 

@@ -13,7 +13,6 @@ To add a family, write a folder beside `phi4mm` with
    further tokens of many rows, each over its picture's blocks and its own slot: see `layers.attention`;
 3. `write_random_checkpoint`, by which the demo and the tests run without the real weights;
 
-and add each `model_type` to `registry.FAMILIES`. `tests/helpers/stand_in_family.py` is a whole family in about a
-hundred lines, `tests/system/test_stand_in_family.py` what it has to pass: every row as in a reference that shares no
-code.
+and add it to `registry.FAMILIES`. `tests/helpers/stand_in_family.py` is a whole family in about a hundred lines,
+`tests/system/test_stand_in_family.py` what it has to pass: every row as in a reference that shares no code.
 """

@@ -76,7 +76,7 @@ class ModelFamily(Protocol):
         """For the plan, what the checkpoint's files settle about pictures and answers."""
 
     def load(
-        self, checkpoint: Any, device: str, dtype: str, attention: str, lora: str, max_new_tokens: int
+        self, checkpoint: Any, device: str, dtype: str, attention: str, max_new_tokens: int
     ) -> VisionLanguageModel:
         """The model, ready to infer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,18 @@ from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.models.base import Checkpoint, ModelFamily
 from vqa_embeddings.models.checkpoint import CONFIG, locate, read_json, refuse_folder_of_others
 
-# By the `model_type` of config.json: the module and the attribute in it that is the family.
-FAMILIES = {
-    "phi4_multimodal": "vqa_embeddings.models.phi4mm:FAMILY",
-    "phi4mm": "vqa_embeddings.models.phi4mm:FAMILY",
-}
-DEFAULT = "phi4_multimodal"
+# Of each, the module and the attribute in it. The first has the model that is extracted where none is named.
+FAMILIES = ["vqa_embeddings.models.phi4mm:FAMILY"]
 
 
-def find_family(model_type: str) -> ModelFamily:
-    """The family of a known `model_type`."""
-    module, _, attribute = FAMILIES[model_type].partition(":")
-    family: ModelFamily = getattr(import_module(module), attribute)
-    return family
+def families() -> list[ModelFamily]:
+    """All of them."""
+    return [_import(place) for place in FAMILIES]
 
 
 def default_family() -> ModelFamily:
     """The family of the model that is extracted where none is named."""
-    return find_family(DEFAULT)
+    return _import(FAMILIES[0])
 
 
 def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lora: str = "merged") -> Checkpoint:
@@ -39,29 +34,31 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
     Raises:
         InputError: it is not there, not whole, or of no known family.
     """
-    families = _all_families()
-    revisions = {family.default_model: family.default_revision for family in families}
+    known = {model_type: family for family in families() for model_type in family.model_types}
+    revisions = {family.default_model: family.default_revision for family in families()}
     example = default_family().default_model
     folder, revision = locate(model, revision, cache_dir, example, revisions.get(model, "main"))
     try:
         if not (folder / CONFIG).exists():
-            for family in families:
+            for family in families():
                 family.explain_folder(folder)
-            refuse_folder_of_others(folder, FAMILIES)
+            refuse_folder_of_others(folder, known)
         config = read_json(folder / CONFIG)
-        return _family_of(folder, config).inspect(folder, model, revision, config, lora)
+        return _choose(known, folder, config).inspect(folder, model, revision, config, lora)
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
 
 
-def _all_families() -> list[ModelFamily]:
-    return list({id(family): family for family in map(find_family, FAMILIES)}.values())
+@cache
+def _import(place: str) -> ModelFamily:
+    module, _, attribute = place.partition(":")
+    family: ModelFamily = getattr(import_module(module), attribute)
+    return family
 
 
-def _family_of(folder: Path, config: dict[str, Any]) -> ModelFamily:
+def _choose(known: dict[str, ModelFamily], folder: Path, config: dict[str, Any]) -> ModelFamily:
     found = config.get("model_type")
-    if not isinstance(found, str) or found not in FAMILIES:
-        types = {name: told for family in _all_families() for name, told in family.model_types.items()}
-        known = " or ".join(f"{name!r} ({told})" for name, told in types.items())
-        raise InputError(f"{folder} holds a checkpoint of model_type {found!r}; expected {known}, check --model")
-    return find_family(found)
+    if not isinstance(found, str) or found not in known:
+        expected = " or ".join(f"{name!r} ({family.model_types[name]})" for name, family in known.items())
+        raise InputError(f"{folder} holds a checkpoint of model_type {found!r}; expected {expected}, check --model")
+    return known[found]

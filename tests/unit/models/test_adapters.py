@@ -29,7 +29,7 @@ QKV = "model.layers.0.self_attn.qkv_proj"
 
 def load(folder: Path, lora: str = "merged", dtype: str = "float32"):
     found = find_checkpoint(str(folder), None, folder, lora)
-    return load_model(found, "cpu", dtype, "sdpa", lora)[0]
+    return load_model(found, "cpu", dtype, "sdpa")[0]
 
 
 def merge_by_hand(folder: Path, lora: Path, scale: Callable[[str], float], dtype=torch.float32) -> None:

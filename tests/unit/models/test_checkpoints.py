@@ -64,9 +64,7 @@ def test_both_layouts_of_a_checkpoint_give_the_same_parts(tmp_path, checkpoint, 
 
 
 def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
-    models = [
-        load_model(find_checkpoint(str(p), None, p), "cpu", "float32", "sdpa", "merged") for p in (checkpoint, original)
-    ]
+    models = [load_model(find_checkpoint(str(p), None, p), "cpu", "float32", "sdpa") for p in (checkpoint, original)]
     (native, *_), (renamed, tokenizer, image_processor) = models
     for (name, tensor), (other_name, other) in zip(
         native.state_dict().items(), renamed.state_dict().items(), strict=True
@@ -167,7 +165,7 @@ def test_an_original_config_without_sizes_for_the_vision_tower_means_siglip(orig
     found = find_checkpoint(str(copy), None, copy)
     assert found.vision_size == 1152
     with pytest.raises(InputError, match=r"extensor is of size \[1, 1, 32\], its config.json asks for \[1, 1, 1152\]"):
-        load_model(found, "cpu", "float32", "sdpa", "merged")
+        load_model(found, "cpu", "float32", "sdpa")
 
 
 def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
@@ -177,7 +175,7 @@ def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(copy):
     description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [one_by_one, description["pre_tokenizer"]]}
     path.write_text(json.dumps(description))
     edit_json(copy / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    _, tokenizer, _ = load_model(find_checkpoint(str(copy), None, copy), "cpu", "float32", "sdpa", "merged")
+    _, tokenizer, _ = load_model(find_checkpoint(str(copy), None, copy), "cpu", "float32", "sdpa")
     assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] == description["pre_tokenizer"]
 
 
@@ -303,7 +301,7 @@ def test_merging_rounds_once(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     lora = load_file(checkpoint / "vision-lora" / "adapter_model.safetensors")
     found = find_checkpoint(str(checkpoint), None, checkpoint)
-    model, *_ = load_model(found, "cpu", "bfloat16", "sdpa", "merged")
+    model, *_ = load_model(found, "cpu", "bfloat16", "sdpa")
     twice_differs = False
     for name, parameter in model.named_parameters():
         exact = weights[name]

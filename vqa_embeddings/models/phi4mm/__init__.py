@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqa_embeddings.models.base import VisionLanguageModel
+from vqa_embeddings.models.phi4mm.formats import FORMATS
 
 if TYPE_CHECKING:
     from vqa_embeddings.models.phi4mm.checkpoint import Phi4Checkpoint
@@ -25,10 +26,7 @@ class Phi4Family:
 
     def __init__(self) -> None:
         self.name = "Phi-4-multimodal"
-        self.model_types: Mapping[str, str] = {
-            "phi4_multimodal": "the native layout",
-            "phi4mm": "the original layout",
-        }
+        self.model_types: Mapping[str, str] = {name: f"the {layout} layout" for name, layout in FORMATS.items()}
         self.default_model, self.default_revision = MODEL, NATIVE_REVISION
         self.file_prefix, self.model_type = "phi4_multimodal", "phi-4-multimodal"
 
@@ -54,13 +52,13 @@ class Phi4Family:
         return f"{checkpoint.pictures.describe()}; end tokens: {', '.join(checkpoint.ends.values())}"
 
     def load(
-        self, checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str, lora: str, max_new_tokens: int
+        self, checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str, max_new_tokens: int
     ) -> VisionLanguageModel:
         """See `ModelFamily.load`."""
         from vqa_embeddings.models.phi4mm.model import Phi4
         from vqa_embeddings.models.phi4mm.weights import load_model
 
-        model, tokenizer, image_processor = load_model(checkpoint, device, dtype, attention, lora)
+        model, tokenizer, image_processor = load_model(checkpoint, device, dtype, attention)
         return Phi4(model, tokenizer, image_processor, max_new_tokens)
 
     def write_random_checkpoint(self, folder: Path) -> None:

@@ -39,12 +39,12 @@ def quiet_library() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_model(checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str, lora: str) -> tuple[Any, Any, Any]:
+def load_model(checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: str) -> tuple[Any, Any, Any]:
     """Load the model with its vision LoRA, and what prepares its input.
 
-    Args:
-        lora: "merged" adds the adapter to the weights in float32 and rounds once; "adapter" keeps peft's layers;
-            "none" leaves weights as they are that hold the adapter already.
+    The checkpoint's `lora` says what is done with it: "merged" adds the adapter to the weights in float32 and rounds
+    once; "adapter" keeps peft's layers; "none" leaves weights as they are that hold the adapter already.
+
     Returns:
         The `Phi4MultimodalForCausalLM`, on the device and ready to infer; the tokenizer; the image processor.
     Raises:
@@ -53,6 +53,7 @@ def load_model(checkpoint: Phi4Checkpoint, device: str, dtype: str, attention: s
     """
     import torch
 
+    lora = checkpoint.lora
     assert checkpoint.adapter is not None or lora == "none"  # find_checkpoint sees to it
     keep_float32()
     quiet_library()  # what it reports as a fault is checked, and refused, here
