@@ -13,7 +13,7 @@ from vqa_embeddings.base.process_pool import ProcessPool
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.coverage import WRITE, Coverage, PartPlan, plan_parts
-from vqa_embeddings.store.hash_ledger import recorded_hashes
+from vqa_embeddings.store.hash_ledger import possible_hashes
 from vqa_embeddings.store.parts import Part
 from vqa_embeddings.store.run import read_run, read_run_rows
 from vqa_embeddings.store.segments import Corrupt
@@ -52,7 +52,7 @@ def find(options: MergeOptions, workers: ProcessPool) -> Findings:
     run = read_run(folder)
     catalog = scan(folder, run, read_run_rows(folder, run), verify=workers)
     _check_part_size(catalog.parts, options.part_size)
-    known = recorded_hashes(folder)
+    known = possible_hashes(folder)
     catalog = _without_unrecorded(catalog, known)
     coverage, plans = _plan(catalog, options)
     suspects = catalog.parts if options.verify else _in_doubt(catalog.parts, plans, known)

@@ -1,11 +1,12 @@
 """Which SHA-256 a part may have, and how that is known however a merge was ended.
 
     computed     while the part is written, from what is synced to the disk
-    announced    in `.<part>.sha256`, before the part gets its final name
+    announced    in a line of `.<part>.sha256`, before the part gets its final name
     recorded     in `coverage.json`, once all parts are there
     withdrawn    the announcement is removed
 
-A part whose hash is neither recorded nor announced was written by no merge of this folder.
+A merge may be ended before or after the part got its name: which, nobody knows, so that its announcement stays valid,
+also beside that of the next merge. A part of which nothing is recorded or announced was written by no merge.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from vqa_embeddings.base.files import list_folder, publish_text, reading
-from vqa_embeddings.errors import InputError, one_line
+from vqa_embeddings.errors import InputError, StorageError, one_line
 from vqa_embeddings.store.run import COVERAGE_FILE
 from vqa_embeddings.store.segments import CHECKSUM
 
 
 def announced_path(path: Path) -> Path:
-    """Where the hash of a part lies from the moment before it is there until a merge has recorded it."""
+    """Where the hashes of a part lie, each from the moment before it is there until a merge has recorded it."""
     return path.with_name(f".{path.name}{CHECKSUM}")
 
 
 def announce(path: Path, digest: str) -> None:
-    """Leave the hash of a part that is about to get its final name."""
-    publish_text(announced_path(path), f"{digest}  {path.name}\n")
+    """Leave the hash of a part that is about to get its final name, after those that were left before."""
+    announced = announced_path(path)
+    lines = [f"{before}  {path.name}\n" for before in [*_read_announced(announced), digest]]
+    publish_text(announced, "".join(lines))
 
 
-def recorded_hashes(folder: Path) -> dict[str, set[str]]:
-    """The SHA-256 that a part may have, by its file name; of one that no merge has recorded or announced, nothing.
+def possible_hashes(folder: Path) -> dict[str, set[str]]:
+    """The SHA-256s that a part may have, by its file name; one that no merge has recorded or announced has none.
 
-    It is the one that the last merge recorded, or that of a part which a merge has written since, and was then ended.
+    They are the one that the last merge recorded, and those of merges since then that were ended.
 
     Raises:
         InputError: the record is not what a merge wrote: without it, damage would go unseen.
@@ -58,9 +61,7 @@ def recorded_hashes(folder: Path) -> dict[str, set[str]]:
         ) from None
     for announced in list_folder(folder):
         if announced.name.startswith(".") and announced.name.endswith(f".h5{CHECKSUM}"):
-            with suppress(FileNotFoundError), reading(announced):
-                digest = announced.read_bytes().decode(errors="replace").partition(" ")[0]
-                hashes[announced.name[1 : -len(CHECKSUM)]].add(digest)
+            hashes[announced.name[1 : -len(CHECKSUM)]].update(_read_announced(announced))
     return dict(hashes)
 
 
@@ -72,6 +73,15 @@ def withdraw(paths: Iterable[Path], entries: Sequence[Mapping[str, Any]]) -> Non
     """
     for path, entry in zip(paths, entries, strict=True):
         announced = announced_path(path)
-        with suppress(OSError):
-            if announced.read_bytes().startswith(entry["sha256"].encode()):
+        with suppress(OSError, StorageError):
+            if _read_announced(announced)[-1:] == [entry["sha256"]]:  # otherwise another merge is about to replace it
                 announced.unlink()
+
+
+def _read_announced(path: Path) -> list[str]:
+    """What stands first in each line, the last announced last; nothing where there is no such file."""
+    try:
+        with reading(path):
+            return [line.partition(" ")[0] for line in path.read_bytes().decode(errors="replace").splitlines()]
+    except FileNotFoundError:
+        return []

@@ -14,7 +14,7 @@ from vqa_embeddings.base.files import list_folder, sha256
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.store import columnar, grouped
-from vqa_embeddings.store.hash_ledger import recorded_hashes
+from vqa_embeddings.store.hash_ledger import possible_hashes
 from vqa_embeddings.store.hdf5 import misread, open_file, stamp_of, text_of
 from vqa_embeddings.store.run import Run
 from vqa_embeddings.store.segments import UNUSABLE, Corrupt
@@ -58,12 +58,12 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     """
     parts: list[Part] = []
     corrupt: list[Corrupt] = []
-    recorded = recorded_hashes(folder)
+    known = possible_hashes(folder)
     for layout in PART_LAYOUTS:
         for number, path in _find_parts(folder, run, layout).items():
-            read = partial(_read_part, path, layout, number, run, table, path.name in recorded)
+            read = partial(_read_part, path, layout, number, run, table, path.name in known)
             try:
-                parts.append(_read_surely(read, path, recorded.get(path.name, set())))
+                parts.append(_read_surely(read, path, known.get(path.name, set())))
             except FileNotFoundError:  # set aside by another merge at this moment
                 continue
             except UNUSABLE as error:
@@ -71,7 +71,7 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     return parts, corrupt
 
 
-def _read_surely(read: Callable[[], Part], path: Path, recorded: set[str]) -> Part:
+def _read_surely(read: Callable[[], Part], path: Path, known: set[str]) -> Part:
     """What `read` gives, or its error where the file is to blame for it, and not the disk.
 
     Raises:
@@ -80,7 +80,7 @@ def _read_surely(read: Callable[[], Part], path: Path, recorded: set[str]) -> Pa
     try:
         return read()
     except UNUSABLE as error:
-        if sha256(path) in recorded:
+        if sha256(path) in known:
             raise misread(path, error) from error
         return read()  # the disk is there: now it is the file
 

@@ -31,7 +31,9 @@ from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Failed
+from vqa_embeddings.store import part_writer
 from vqa_embeddings.store.catalog import scan
+from vqa_embeddings.store.hash_ledger import announce
 from vqa_embeddings.store.run import read_run, read_run_rows
 
 pytestmark = pytest.mark.slow  # nearly every test runs the program; test_embeddings merges in this process
@@ -335,6 +337,30 @@ def test_a_merge_killed_after_it_replaced_a_part_leaves_no_stale_hash(out, monke
     assert merge(out, "--part-size", PART_SIZE, "--verify").returncode == 0
     assert_right(out, set(range(ROWS)))
     assert not list(out.rglob("*.damaged"))
+
+
+def test_merges_killed_before_and_after_a_new_name_leave_the_hash_of_what_is_there(out, monkeypatch):
+    """The part of the one is on the disk while the other has told of its successor: no row of it is in a segment."""
+    commit(out, [record(row) for row in range(ROWS) if row not in (7, 8)])
+    commit(out, [Failed(row, "PictureNotFound", "it was not there") for row in (7, 8)])
+    assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 4
+    options = parse_merge(None, ["--output-dir", str(out), "--part-size", str(PART_SIZE), "--jobs", "1"])
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def announce_and_die(path: Path, digest: str) -> None:
+        announce(path, digest)
+        die()
+
+    for row, where, step in ((7, merging, "write_record"), (8, part_writer, "announce")):
+        commit(out, [record(row)])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, step, announce_and_die if step == "announce" else die)
+            merging.merge(options)
+    assert merge(out, "--part-size", PART_SIZE).returncode == 0
+    assert_right(out, set(range(ROWS)))
+    assert not list(out.rglob("*.damaged")) and not list(out.glob(".*.sha256"))
 
 
 def test_the_last_reason_of_a_failure_is_the_one_that_is_told(out):
