@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.messages import fail, refuse, say, say_for_rank
-from vqa_embeddings.cluster.signals import StopFlag, run_program
+from vqa_embeddings.cluster.signals import StopFlag, run_program, stop_with_launcher
 from vqa_embeddings.cluster.world import World, read_world, same_command
 from vqa_embeddings.errors import InputError, NothingFiniteError, StorageError
 
@@ -39,6 +39,7 @@ def main() -> int:
     )
     try:
         world = read_world()
+        stop_with_launcher(world)
         extract_share(options, world, stop)
     except InputError as refusal:
         return refuse(refusal, world)

@@ -10,7 +10,7 @@ import numpy as np
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.cluster.rendezvous import from_rank_zero
 from vqa_embeddings.cluster.sharding import pack, share_rows, unpack
-from vqa_embeddings.cluster.world import World, new_launch, read_array_slice
+from vqa_embeddings.cluster.world import World, choose_slice, new_launch
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.run import SHARDS_FOLDER, Run
@@ -67,7 +67,7 @@ def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkStat
     """Scan the output folder for what is done, and derive what is to do."""
     catalog = scan(options.output_dir, run, table)
     coverage = catalog.coverage()
-    pending = coverage.failed if options.retry_failed else coverage.missing
+    pending = coverage.pending(options.retry_failed)
     extracted, failed, truncated = (
         int(rows.sum()) for rows in (coverage.extracted, coverage.failed, catalog.truncated(coverage))
     )
@@ -76,7 +76,7 @@ def read_work_state(options: ExtractOptions, run: Run, table: Table) -> WorkStat
 
 def take_share(options: ExtractOptions, world: World, state: WorkState, table: Table) -> Assignment:
     """The rows of this rank: its share of what its slice of the table still lacks."""
-    slice_ = options.slice or read_array_slice() or (0, 1)
+    slice_ = choose_slice(options.slice)
     pictures = table.pictures()
     inside, rows = share_rows(pictures, state.pending, slice_, world.rank, world.size, world.can_agree)
     todo = int(np.count_nonzero(inside & state.pending))

@@ -12,9 +12,9 @@ import numpy as np
 
 from vqa_embeddings.app.options import ExtractOptions
 from vqa_embeddings.app.requeue import RowsLeft, log, requeue
-from vqa_embeddings.cluster.sharding import choose_slice
+from vqa_embeddings.cluster.sharding import rows_of_slice
 from vqa_embeddings.cluster.signals import StopFlag
-from vqa_embeddings.cluster.world import read_array_slice, read_queued_job, same_command
+from vqa_embeddings.cluster.world import choose_slice, read_queued_job, same_command
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import InputError, StorageError
 from vqa_embeddings.store.catalog import scan
@@ -101,11 +101,10 @@ class RowCounter:
             coverage = scan(self._options.output_dir, run, table).coverage()
         except (InputError, StorageError, OSError):  # the launch meets the same error, and reports it
             return RowsLeft()
-        pending = coverage.failed if self._options.retry_failed else coverage.missing
+        pending = coverage.pending(self._options.retry_failed)
         return RowsLeft(int(np.count_nonzero(inside & pending)), int(np.count_nonzero(inside)))
 
     def _read(self) -> tuple[Run, Table, np.ndarray]:
         run = read_run(self._options.output_dir)
         table = read_run_rows(self._options.output_dir, run)
-        chosen = self._options.slice or read_array_slice() or (0, 1)
-        return run, table, choose_slice(table.pictures(), chosen)
+        return run, table, rows_of_slice(table.pictures(), choose_slice(self._options.slice))

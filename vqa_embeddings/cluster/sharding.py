@@ -65,7 +65,7 @@ def deal(costs: np.ndarray, shares: int) -> np.ndarray:
     return np.array(dealt, np.int64)
 
 
-def choose_slice(pictures: np.ndarray, slice_: tuple[int, int]) -> np.ndarray:
+def rows_of_slice(pictures: np.ndarray, slice_: tuple[int, int]) -> np.ndarray:
     """The rows of slice `i` of `n`, as bool `[rows]`: fixed by the table alone.
 
     Array tasks that start hours apart then never leave a gap between them, whatever was done in the meantime.
@@ -94,7 +94,7 @@ def share_rows(
     Returns:
         bool `[n]`, the slice; int `[m]`, the rank's rows, picture after picture in the order of the table.
     """
-    inside = choose_slice(pictures, slice_)
+    inside = rows_of_slice(pictures, slice_)
     owner = split(pictures, inside & pending if agreed else inside, size)
     mine = np.flatnonzero((owner == rank) & pending)
     return inside, mine[np.argsort(pictures[mine], kind="stable")]

@@ -1,4 +1,24 @@
-"""How the process is asked to stop, and how it ends: the first signal sets a flag, a second one ends it at once."""
+"""How a rank is asked to stop, and how it ends.
+
+TERM, INT, USR1 and USR2 are one request. What it does depends on when it comes:
+
+    before `StopFlag.install`     the signal's own action ends the process; nothing has been written
+    before `StopFlag.defer`       the process ends with status 0; the model is being loaded, no row has been begun
+    in the loop                   what is finished is committed, the rows in hand get `app.extract.GRACE_SECONDS`, are
+                                  committed too, and the process ends with status 0
+    again within REPEAT_SECONDS   nothing: it is the same request by another way
+    again later                   the process ends at once with 128 and the signal's number; what was committed stays
+
+KILL leaves what was committed, and perhaps a temporary file that nobody reads.
+
+A request reaches the ranks by way of their launcher:
+
+    torchrun, accelerate          TERM is passed on. USR1, USR2 and KILL end the launcher, as any signal does
+                                  `accelerate launch` with one process: then the kernel sends TERM
+    srun, mpirun                  USR1 is passed on; TERM kills the ranks at once, or after a second
+    the files of launch/          `app.supervise` passes each of the four on as the one that its launcher passes on,
+                                  then counts the rows that are left, and puts a Slurm job back into the queue
+"""
 
 from __future__ import annotations
 
@@ -10,13 +30,16 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from vqa_embeddings.base.child_processes import STOP_SIGNALS
+from vqa_embeddings.base.child_processes import STOP_SIGNALS, follow_parent
+from vqa_embeddings.cluster.world import World
 
 # A scheduler signals the ranks and their launcher, which passes it on: one request, not two. Under `accelerate launch`
 # the second was measured to come within 25 ms, with eight busy processes a core too; daemons in between take longer.
 REPEAT_SECONDS = 1.0
+ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
 
 
 class StopFlag:
@@ -83,6 +106,21 @@ class StopFlag:
                     os._exit(0)
         elif time.monotonic() - self._since > REPEAT_SECONDS:
             os._exit(128 + number)
+
+
+def stop_with_launcher(world: World) -> None:
+    """Have the kernel ask this rank to stop when its launcher ends, where that may leave its ranks running."""
+    if world.launcher == "torchrun" or _is_child_of_accelerate():
+        follow_parent(signal.SIGTERM, os.getppid())
+
+
+def _is_child_of_accelerate() -> bool:
+    """Whether `accelerate launch` has started this one process itself, as it does without torchrun for one."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:  # no Linux
+        return False
+    return not ACCELERATE.isdisjoint(Path(word).name for word in line[:3])
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 
-from vqa_embeddings.base.child_processes import follow_parent
 from vqa_embeddings.base.console import remind_meanwhile
 from vqa_embeddings.cluster.mpi import MPICH, OPEN_MPI, agree_on_key
 from vqa_embeddings.errors import SAME_COMMAND, InputError
-
-ACCELERATE = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # what its command line begins with
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,10 @@ class World:
 def read_world() -> World:
     """`read_ranks`, and under `mpirun` the key that its ranks share, where mpi4py is installed.
 
-    Under a launcher that may end and leave its ranks running, the kernel is told to ask this rank to stop then.
-
     Raises:
         InputError: as `read_ranks`; or MPI is there and does not work.
     """
     world = read_ranks()
-    if world.launcher == "torchrun" or _is_child_of_accelerate():
-        # USR1, USR2 and KILL end torchrun before it can stop its ranks; so does any signal accelerate with one process.
-        follow_parent(signal.SIGTERM, os.getppid())
     if world.launcher == "mpi" and world.mpi and world.size > 1:
         with remind_meanwhile(world.rank, (0, 1), lambda: f"the other ranks of {world.size} to begin MPI"):
             return replace(world, launch_key=agree_on_key(world.mpi, world.rank, world.size))
@@ -70,15 +60,6 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> World:
     """
     outer = _read_mpi(environment) or _read_step(environment) or World()
     return _read_torchrun(environment, outer) or outer
-
-
-def _is_child_of_accelerate() -> bool:
-    """Whether `accelerate launch` has started this one process itself, as it does without torchrun for one."""
-    try:
-        line = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:  # no Linux
-        return False
-    return not ACCELERATE.isdisjoint(Path(word).name for word in line[:3])
 
 
 def _read_torchrun(env: Mapping[str, str], outer: World) -> World | None:
@@ -173,6 +154,15 @@ def read_array_slice(environment: Mapping[str, str] = os.environ) -> tuple[int, 
             "give --slice i/n, or use an array such as 0-7"
         )
     return index, count
+
+
+def choose_slice(given: tuple[int, int] | None) -> tuple[int, int]:
+    """Index and count of the slice of the table that this process belongs to: as given, or the array's, or all of it.
+
+    Raises:
+        InputError: as `read_array_slice`.
+    """
+    return given or read_array_slice() or (0, 1)
 
 
 def same_command(given: tuple[int, int] | None, environment: Mapping[str, str] = os.environ) -> str:

@@ -33,6 +33,10 @@ class Coverage:
         """bool `[n]`, neither extracted nor failed."""
         return ~(self.extracted | self.failed)
 
+    def pending(self, retry_failed: bool) -> np.ndarray:
+        """bool `[n]`, what a launch is to do: the missing rows, or with `retry_failed` the failed ones."""
+        return self.failed if retry_failed else self.missing
+
 
 def cover(
     count: int, held: Sequence[np.ndarray], in_parts: Iterable[np.ndarray], failed: Iterable[np.ndarray]
