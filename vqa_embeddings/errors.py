@@ -30,7 +30,9 @@ class NothingFiniteError(Exception):
 class RowError(Exception):
     """One row cannot be extracted. It is recorded as data, and the others go on.
 
-    The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`.
+    The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`. It may be raised while a
+    picture is prepared (`app.extract`), while a prompt is made and while a record is made (`engine.core`). An error of
+    another kind, or in another place, ends the run.
     """
 
     def __init__(self, message: str, errno: int | None = None) -> None:
@@ -39,27 +41,30 @@ class RowError(Exception):
 
 
 class PictureNotFound(RowError):
-    """No file lies where the row's picture should be."""
+    """No file lies where the row's picture should be. From `data.picture_paths`."""
 
 
 class PictureOutsideFolder(RowError):
-    """The row's picture is named by an absolute path that leads elsewhere, or by one that climbs."""
+    """The row's picture is named by an absolute path that leads elsewhere, or by one that climbs.
+
+    From `data.picture_paths`.
+    """
 
 
 class PictureUnreadable(RowError):
-    """The file is there, but no picture can be made of it."""
+    """The file is there, but no picture can be made of it. From `data.decode`, `data.decode_pool`, and the families."""
 
 
 class QuestionEmpty(RowError):
-    """The row's question has no text, or nothing but white space."""
+    """The row's question has no text, or nothing but white space. From `app.extract`."""
 
 
 class PromptTooLong(RowError):
-    """The prompt has more tokens than the model's context."""
+    """The prompt has more tokens than the model's context. From the families."""
 
 
 class NonFiniteValues(RowError):
-    """A vector of the row, or the logits of a token of its answer, hold a NaN or an infinity."""
+    """A vector of the row, or the logits of a token of its answer, hold a NaN or an infinity. From `engine.outcome`."""
 
 
 def quoted(text: str) -> str:

@@ -34,9 +34,9 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise damaged(path, error.strerror or str(error), error.errno) from None
+        raise damaged_picture(path, error.strerror or str(error), error.errno) from None
     except MemoryError:
-        raise damaged(path, TOO_LARGE) from None
+        raise damaged_picture(path, TOO_LARGE) from None
 
 
 def decode(path: Path, data: bytes, decode_options: DecodeOptions) -> Image.Image:
@@ -54,23 +54,23 @@ def decode(path: Path, data: bytes, decode_options: DecodeOptions) -> Image.Imag
             pixel format that is known to be decoded right (`pixel_formats`).
     """
     if reason := unsupported_kind(data) or untrusted_format(data):
-        raise unreadable(path, reason)
+        raise unreadable_picture(path, reason)
     try:
         return decode_within_limits(data, decode_options, _decode_whole)
     except NotAccepted as refusal:
-        raise unreadable(path, str(refusal)) from None
+        raise unreadable_picture(path, str(refusal)) from None
     except Exception as error:  # the decoders raise nearly every kind of error on damaged files
-        raise damaged(path, _reason(error, data)) from None
+        raise damaged_picture(path, _reason(error, data)) from None
 
 
-def unreadable(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
+def unreadable_picture(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """The error for a file of which no image can be made; the reason says what to do."""
     return PictureUnreadable(f"{from_disk(path.name)} cannot be read as a picture: {reason}", errno)
 
 
-def damaged(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
+def damaged_picture(path: Path, reason: str, errno: int | None = None) -> PictureUnreadable:
     """The error for a file that a whole one should replace."""
-    return unreadable(path, f"{reason}; expected a whole one, mend or replace it", errno)
+    return unreadable_picture(path, f"{reason}; expected a whole one, mend or replace it", errno)
 
 
 def _decode_whole(data: bytes) -> Image.Image:

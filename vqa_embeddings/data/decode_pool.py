@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqa_embeddings.base.child_processes import start_child
-from vqa_embeddings.data.decode import damaged
+from vqa_embeddings.data.decode import damaged_picture
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS, DecodeOptions
 from vqa_embeddings.data.decode_worker import ANSWER, REQUEST, STEP_DONE, serve
 from vqa_embeddings.data.picture_limits import set_truncated
@@ -58,7 +58,7 @@ class DecodePool:
                     break
         if isinstance(reason, DecoderNotStarted):
             raise StorageError(f"{reason}; correct that, and {SAME_COMMAND}")
-        raise damaged(path, str(reason))
+        raise damaged_picture(path, str(reason))
 
 
 class DecoderDied(Exception):

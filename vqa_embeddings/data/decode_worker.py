@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vqa_embeddings.base.child_processes import follow_parent
-from vqa_embeddings.data.decode import TOO_LARGE, damaged, decode, read_file
+from vqa_embeddings.data.decode import TOO_LARGE, damaged_picture, decode, read_file
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.picture_limits import is_truncated
 from vqa_embeddings.errors import PictureUnreadable
@@ -65,7 +65,7 @@ def _answer(stream: BinaryIO, path: Path, decode_options: DecodeOptions) -> None
         image = decode(path, data, decode_options)
         pixels = image.tobytes()
     except (PictureUnreadable, MemoryError) as error:
-        failure = error if isinstance(error, PictureUnreadable) else damaged(path, TOO_LARGE)
+        failure = error if isinstance(error, PictureUnreadable) else damaged_picture(path, TOO_LARGE)
         reason = str(failure).encode(errors="backslashreplace")
         stream.write(ANSWER.pack(False, False, len(reason), failure.errno or 0) + reason)
         return

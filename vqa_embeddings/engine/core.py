@@ -141,7 +141,7 @@ class Engine:
         return records
 
     def _encode_images(self, work: EncodeImages) -> list[Record]:
-        """Run the vision tower. Returns the rows whose prompt is too long."""
+        """Run the vision tower, and tokenize the questions. Returns the rows of which no prompt can be made."""
         with self._timings("vision"):
             images = self._model.encode_images([image.pixels for image in work.images])
         records: list[Record] = []
@@ -150,8 +150,8 @@ class Engine:
             for taken, image in zip(work.images, images, strict=True):
                 entry = ImageEntry(image)
                 for row in taken.rows:
-                    question = self._model.tokenize(self._questions[row])
                     try:
+                        question = self._model.tokenize(self._questions[row])
                         sequences.append(Sequence(row, entry, question, self._model.rope_variant(image, question)))
                     except RowError as failure:
                         records.append(failed(row, failure))

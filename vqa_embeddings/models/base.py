@@ -144,7 +144,11 @@ class FinishReason(Enum):
 
 
 class VisionLanguageModel(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    `preprocess`, `tokenize` and the first `rope_variant` of a row may raise a `RowError`, which fails the rows that
+    they are for. Any other error, and any in another method, ends the run.
+    """
 
     spec: ModelSpec
 
@@ -159,13 +163,19 @@ class VisionLanguageModel(Protocol):
         """Run the vision tower over pictures, together; each comes to what it comes to alone."""
 
     def tokenize(self, question: str) -> list[int]:
-        """The prompt's tokens after the last image token. Text that looks like a special token stays text."""
+        """The prompt's tokens after the last image token. Text that looks like a special token stays text.
+
+        Raises:
+            RowError: no prompt can be made of it.
+        """
 
     def rope_variant(self, image: EncodedImage, tokens: Sequence[int]) -> int:
         """Under which rotary factors the prompt is read, 0 nearly always.
 
+        Args:
+            tokens: those after the image; of a row that begins again (`FinishReason.RESTART`) its answer so far, too.
         Raises:
-            PromptTooLong: it is longer than the model's context.
+            PromptTooLong: it is longer than the model's context; not where a row begins again.
         """
 
     def prefill_image(
@@ -182,6 +192,10 @@ class VisionLanguageModel(Protocol):
 
     def forward(self, kv: KVCache, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
         """Read further tokens of rows, and leave their keys and values in the rows' slots.
+
+        On a GPU a step of one token a row is captured as a graph and replayed: it must not wait for the device, nor
+        depend on anything but the content of the tensors. What it makes of padding is never used, but must be finite:
+        a padded token may be -1, as one is that could not be chosen, and its place may lie beyond the context.
 
         Returns:
             Logits [rows, vocabulary] and states, float32 [rows, layers, hidden], at the last token of each row.
