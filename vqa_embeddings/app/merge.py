@@ -50,11 +50,9 @@ def merge(options: MergeOptions, world: World = ALONE) -> Outcome | None:
         findings = find(options, workers)
         _set_damaged_aside(options.output_dir, findings.catalog.corrupt)
         outcome, parts = _write_parts(options, findings, workers)
-        return (
-            replace(outcome, pruned=_prune(findings.catalog, parts, outcome.parts, workers))
-            if options.prune
-            else outcome
-        )
+        if not options.prune:
+            return outcome
+        return replace(outcome, pruned=_prune(findings.catalog, parts, outcome.parts, workers))
 
 
 def check(options: MergeOptions, world: World = ALONE) -> Outcome | None:
