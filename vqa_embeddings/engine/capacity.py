@@ -42,12 +42,14 @@ def find_capacity(
     slot_bytes = width * sum(group.key_bytes(dtype) for group in groups if group.per_row)
     fitting = int(memory * SLOTS_SHARE[kind]) // slot_bytes if slot_bytes else MOST_SLOTS[kind]
     slots = request.slots or max(1, min(fitting, MOST_SLOTS[kind]))
-    picture_bytes = {group.name: group.key_bytes(dtype) * group.longest_prefix for group in groups}
+    of_picture = {group.name: count_blocks(group.longest_prefix) for group in groups}
+    block_bytes = {group.name: BLOCK * group.key_bytes(dtype) for group in groups}
+    picture_bytes = sum(of_picture[name] * block_bytes[name] for name in of_picture)
     blocks = {}
     for group in groups:
-        share = BLOCKS_SHARE[kind] * picture_bytes[group.name] / sum(picture_bytes.values())
-        fitting = int(memory * share) // (BLOCK * group.key_bytes(dtype))
-        useful = slots * group.longest_prefix // BLOCK  # where each row is on a picture of its own
+        # Each group has room for as many pictures as the others.
+        fitting = int(memory * BLOCKS_SHARE[kind] * of_picture[group.name] / picture_bytes)
+        useful = slots * of_picture[group.name]  # where each row is on a picture of its own
         blocks[group.name] = max(min(fitting, useful), count_blocks(request.prefix.get(group.name, 0)))
     return Capacity(blocks, min(slots, request.most_slots or slots), width)
 

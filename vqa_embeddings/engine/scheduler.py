@@ -100,6 +100,7 @@ class Scheduler:
         self._max_new_tokens = max_new_tokens
         self._pools: dict[str, BlockPool] = {}
         self._filling = True
+        self._count = 0  # of the rows that have come
         # By whether the batch is one for rows with long questions: the most rows in it, and the share of the memory
         # that it takes, of what is usually taken.
         self._most = {False: batch_size, True: batch_size}
@@ -168,6 +169,8 @@ class Scheduler:
         """The pictures that were taken are encoded, and these rows ask about them."""
         self.taken = []
         for sequence in sequences:
+            sequence.number = self._count
+            self._count += 1
             sequence.entry.users[sequence.rope_variant] += 1
             self.waiting.append(sequence)
 
@@ -211,7 +214,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def on_out_of_memory(self) -> str:
-        """Halve the batch; the rows in it begin again where they are.
+        """Halve the batch; the rows in it begin again in the order in which they came, with the answers that they have.
 
         Returns:
             What the user should know.
@@ -219,7 +222,8 @@ class Scheduler:
         assert self.capacity is not None
         most = self._most[self._is_wide] = self.capacity.slots // 2
         self._share[self._is_wide] /= 2
-        self.waiting.extendleft(reversed(self.running + self.ready))
+        again = sorted(self.running + self.ready, key=lambda sequence: sequence.number)
+        self.waiting.extendleft(reversed(again))
         self.running, self.ready = [], []
         self._drop_cache()
         rows = "rows with long questions" if self._is_wide else "rows"

@@ -36,6 +36,7 @@ class Sequence:
     entry: ImageEntry
     question: list[int]  # the tokens of the prompt that follow the image
     rope_variant: int
+    number: int = 0  # how many rows came before it
     output: list[int] = field(default_factory=list)  # NOT_FINITE at the end where there was none to choose
     vision_token: np.ndarray | None = None  # float32 [layers, hidden], of its image under its prompt's factors
     query_token: np.ndarray | None = None  # float32 [layers, hidden]

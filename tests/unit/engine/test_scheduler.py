@@ -241,6 +241,16 @@ def test_running_out_of_memory_halves_the_batch_and_its_rows_go_on_where_they_ar
     assert len(simulation.done) == 8
 
 
+def test_rows_that_begin_again_after_a_lack_of_memory_do_so_in_the_order_in_which_they_came():
+    """Also where one has moved into the slot of another, or rows on a picture would no longer follow each other."""
+    simulation = Simulation([[Row(3, 2), Row(3, 20)], [Row(3, 20), Row(3, 20)], [Row(3, 20)] * 4], slots=4)
+    while len(simulation.done) < 1:
+        simulation.advance()
+    assert [sequence.row for sequence in simulation.scheduler.running] == [3, 1, 2]
+    simulation.scheduler.on_out_of_memory()
+    assert [sequence.row for sequence in simulation.scheduler.waiting][:3] == [1, 2, 3]
+
+
 def test_one_row_alone_cannot_be_halved():
     simulation = Simulation([[Row(3, 5)]], slots=1)
     assert not simulation.scheduler.can_halve, "there is no cache yet"
@@ -269,6 +279,17 @@ def test_groups_of_layers_share_the_memory_by_what_their_pictures_take():
     assert both.blocks["cross"] == pytest.approx(3 * both.blocks["self"], rel=0.01)
     taken = sum(BLOCK * group.key_bytes(torch.float32) * both.blocks[group.name] for group in (GROUP, cross))
     assert taken <= 0.15 * memory
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_group_whose_pictures_take_a_fraction_of_a_block_has_blocks_for_as_many_pictures(kind):
+    """As where only the tokens before a picture are in self-attention, and the picture itself in cross-attention."""
+    own = KVGroup("self", 32, 8, 128, per_row=True, longest_prefix=7)
+    cross = KVGroup("cross", 8, 8, 128, per_row=False, longest_prefix=6404)
+    capacity = find_capacity(REQUEST, [own, cross], torch.bfloat16, kind, 50 << 30)
+    pictures = {group.name: capacity.blocks[group.name] // count_blocks(group.longest_prefix) for group in (own, cross)}
+    assert pictures["self"] == pytest.approx(pictures["cross"], abs=1)
+    assert pictures["cross"] > capacity.slots // 4
 
 
 def test_a_share_of_the_memory_gives_that_share_of_the_slots_and_blocks():
