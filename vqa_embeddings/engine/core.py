@@ -20,6 +20,7 @@ from vqa_embeddings.engine.scheduler import (
     Scheduler,
     TakeImages,
     TakenImage,
+    Work,
 )
 from vqa_embeddings.engine.sequence import NOT_FINITE, ImageEntry, Sequence
 from vqa_embeddings.errors import RowError
@@ -89,7 +90,7 @@ class Engine:
         self._cached = None
         self._timings.notes[self.scheduler.on_out_of_memory()] += 1
 
-    def _do(self, work: object) -> list[Record]:
+    def _do(self, work: Work) -> list[Record]:
         match work:
             case MakeCache():
                 return self._make_cache(work)
@@ -103,7 +104,6 @@ class Engine:
                 return self._prefill(work)
             case Decode():
                 return self._decode(work)
-        raise TypeError(f"{work!r} is no unit of work")
 
     @property
     def _runner(self) -> Runner:

@@ -62,7 +62,8 @@ def checked(record: Extracted, layers: Listed[int], remedy: str = OTHER_WEIGHTS)
         remedy: what to do about them, for the message.
     """
     try:
-        _check_finite("vision_only_representation", record.vision_only, remedy)
+        for name, vector in (("vision_only_representation", record.vision_only), *record.extra.items()):
+            _check_finite(name, vector, remedy)
         for index, layer in enumerate(layers):
             _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index], remedy)
             _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index], remedy)

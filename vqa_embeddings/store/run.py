@@ -38,6 +38,7 @@ IDENTITY = {
     "max_new_tokens": "--max-new-tokens",
     "pixel_mean": "--pixel-mean",
 }
+ALSO_NAMED = {"columns": "columns", "extra_vectors": "further vectors"}  # where they differ, beside IDENTITY or alone
 
 
 def shard_folder(folder: Path, launch: str, rank: int) -> Path:
@@ -154,11 +155,14 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"{values!r}")
         if values.get("pixel_mean") and "extra_vectors" not in values:
             values["extra_vectors"] = FIRST_EXTRA_VECTORS
         run = Run(**{known.name: values[known.name] for known in fields(Run) if known.name in values})
-        if not isinstance(run.columns, dict):
-            raise TypeError(f"columns {run.columns!r}")
+        for name in ("columns", "extra_vectors"):
+            if not isinstance(getattr(run, name), dict):
+                raise TypeError(f"{name} {getattr(run, name)!r}")
         return run
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
@@ -205,12 +209,14 @@ def _refuse_strangers(folder: Path) -> None:
 
 def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
     differing = [name for name in IDENTITY if getattr(found, name) != getattr(wanted, name)]
+    if not differing and found.extra_vectors != wanted.extra_vectors:  # where no option of the above explains it
+        differing = ["extra_vectors"]
     if not differing:
         return
     if "rows_sha256" in differing and found.columns and found.columns != wanted.columns:
         differing.append("columns")
     described = "; ".join(
-        f"{IDENTITY.get(name, name)}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
+        f"{(IDENTITY | ALSO_NAMED)[name]}: {_short(getattr(found, name))} there, {_short(getattr(wanted, name))} now"
         for name in differing
     )
     raise InputError(
@@ -219,5 +225,8 @@ def _refuse_differences(folder: Path, found: Run, wanted: Run) -> None:
 
 
 def _short(value: object) -> str:
-    text = ", ".join(value.values()) if isinstance(value, dict) else str(value)
+    text = str(value)
+    if isinstance(value, dict):  # columns by what they hold, lengths of vectors by their names
+        shown = (each if isinstance(each, str) else f"{name} {each}" for name, each in value.items())
+        text = ", ".join(shown) or "none"
     return text[:12] if len(text) == 64 else text

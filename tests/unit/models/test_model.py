@@ -22,8 +22,9 @@ from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.engine.greedy import choose_tokens
 from vqa_embeddings.engine.outcome import checked
 from vqa_embeddings.engine.sequence import NOT_FINITE
+from vqa_embeddings.errors import PromptTooLong
 from vqa_embeddings.layers.kv_cache import Capacity, KVCache, count_blocks
-from vqa_embeddings.models.phi4mm.model import LONG, SHORT, Phi4, _without_added_tokens
+from vqa_embeddings.models.phi4mm.model import LONG, PIXEL_MEAN, SHORT, Phi4, _without_added_tokens
 from vqa_embeddings.models.phi4mm.vision import patch_positions
 from vqa_embeddings.records import Extracted, Failed
 
@@ -218,6 +219,27 @@ def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
     assert isinstance(record, Failed)
     assert (record.row, record.error) == (found.row, "NonFiniteValues")
     assert "query_token_representation/layer_4" in record.message
+
+
+def test_a_further_vector_that_is_not_finite_fails_its_row_too(model):
+    [found] = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?"])])
+    assert isinstance(checked(found, model.spec.layers), Extracted)
+    found.extra[PIXEL_MEAN][3] = np.nan
+    record = checked(found, model.spec.layers)
+    assert isinstance(record, Failed) and f"{PIXEL_MEAN} holds 1 values" in record.message
+
+
+def test_a_question_of_which_no_prompt_can_be_made_fails_its_row_alone(model, monkeypatch):
+    tokenize = model.tokenize
+
+    def refuse(question):
+        if question == "How?":
+            raise PromptTooLong("no prompt")
+        return tokenize(question)
+
+    monkeypatch.setattr(model, "tokenize", refuse)
+    why, how, where = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?", "How?", "Where?"])])
+    assert (type(why), how, type(where)) == (Extracted, Failed(1, "PromptTooLong", "no prompt"), Extracted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
