@@ -40,7 +40,8 @@ def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> 
     slice_ += ", from the Slurm array: --slice 0/1 takes the whole table" if count > 1 and not options.slice else ""
     yield f"this launch: {pending} rows to do now, {describe_ranks(world, pending)}{slice_}"
     free = shutil.disk_usage(nearest(options.output_dir)).free
-    to_write, parts = pending * run.row_bytes, max(0, run.rows * run.row_bytes - count_part_bytes(options.output_dir))
+    to_write, in_parts = pending * run.row_bytes, count_part_bytes(options.output_dir, run)
+    parts = max(0, run.rows * run.row_bytes - in_parts)
     yield (
         f"vectors: {len(run.layers)} layers, {run.row_bytes / 1e3:.0f} kB a row: {format_size(to_write)} to write now, "
         f"{format_size(parts)} for the parts later; {format_size(free)} free in {options.output_dir}"

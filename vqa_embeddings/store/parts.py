@@ -44,9 +44,9 @@ def part_path(folder: Path, run: Run, layout: str, number: int) -> Path:
     return folder / NAMES[layout].format(prefix=run.file_prefix, number=f"{number:03d}")
 
 
-def count_part_bytes(folder: Path, layout: str = "grouped") -> int:
-    """What the parts that are there take on the disk, whatever run they are of."""
-    return sum(path.stat().st_size for path in folder.glob(NAMES[layout].format(prefix="*", number="*")))
+def count_part_bytes(folder: Path, run: Run, layout: str = "grouped") -> int:
+    """What the run's parts that are there take on the disk."""
+    return sum(path.stat().st_size for path in _find_parts(folder, run, layout).values())
 
 
 def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[Corrupt]]:

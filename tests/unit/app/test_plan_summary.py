@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.launching import merge
 from tests.helpers.output_folders import begin_run, commit, record
 from vqa_embeddings.app.plan_summary import describe_pictures, find_shortage
+from vqa_embeddings.store.run import read_run
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,11 @@ def test_parts_that_are_there_need_no_more_room(tmp_path):
     from vqa_embeddings.store.parts import count_part_bytes
 
     out = begin_run(tmp_path)
+    run = read_run(out)
     commit(out, [record(row) for row in range(23)])
-    assert count_part_bytes(out) == 0
+    assert count_part_bytes(out, run) == 0
     assert merge(out).returncode == 0
     (part,) = out.glob("*.h5")
-    assert count_part_bytes(out) == part.stat().st_size
+    for name in ("my_embeddings_part_old.h5", f".{part.name}", "other_embeddings_part_001.h5"):
+        (out / name).write_bytes(b"of somebody else")
+    assert count_part_bytes(out, run) == part.stat().st_size
