@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqa_embeddings.models.checkpoint import kept_layers
+from vqa_embeddings.models.checkpoint import stored_layers
 
 
 class Published:
@@ -26,7 +26,7 @@ class Published:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_new_tokens = max_new_tokens
-        self.layers = kept_layers(model.config.num_hidden_layers)
+        self.layers = stored_layers(model.config.num_hidden_layers)
         self._states: list[torch.Tensor] = []
         for layer in model.model.layers:
             layer.register_forward_hook(lambda module, inputs, output: self._states.append(_tensor(output)))

@@ -113,7 +113,7 @@ class StandIn:
 
 class StandInFamily:
     name, model_types = "the stand-in", {"stand_in": "a family of the tests"}
-    default_model, default_revision = "nobody/stand-in", "main"
+    default_model, default_revision, unused_files = "nobody/stand-in", "main", []
     file_prefix, model_type = "stand_in", "stand-in"
 
     def explain_folder(self, folder: Path) -> None: ...

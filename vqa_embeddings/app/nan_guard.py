@@ -11,7 +11,7 @@ from vqa_embeddings.records import Extracted, Failed
 
 JUDGED = 32  # rows: where so many fail and none comes out finite, all others would fail too
 FEW = 8  # rows: fewer than that may well be odd ones
-NOT_FINITE = NonFiniteValues.__name__
+FAILURE = NonFiniteValues.__name__
 
 
 class NaNGuard:
@@ -62,9 +62,9 @@ class NaNGuard:
     def _hold_back(self, records: Sequence[Extracted | Failed]) -> list[Extracted | Failed]:
         """Returns those that failed for another reason."""
         failed = [record for record in records if isinstance(record, Failed)]
-        self._ended.update((record.row, record.error == NOT_FINITE) for record in failed)
-        self._held += [record for record in failed if record.error == NOT_FINITE]
-        return [record for record in failed if record.error != NOT_FINITE]
+        self._ended.update((record.row, record.error == FAILURE) for record in failed)
+        self._held += [record for record in failed if record.error == FAILURE]
+        return [record for record in failed if record.error != FAILURE]
 
     def _all_have_ended(self) -> bool:
         """Whether all rows have ended, without enough failures to blame the number format.

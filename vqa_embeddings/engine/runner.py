@@ -145,7 +145,7 @@ class Runner:
             self._kv,
             ForwardInputs(
                 sharing=inputs.sharing,
-                blocks={name: len(sharing.hidden) for name, sharing in inputs.sharing.items()},
+                blocks={name: len(sharing.masked) for name, sharing in inputs.sharing.items()},
                 first_slot=0,
                 tokens=inputs.tokens[:, None],
                 starts=inputs.num_keys,

@@ -52,17 +52,17 @@ class Partial(NamedTuple):
     max: Tensor  # [..., queries, 1]: the score that was taken off before the exponential
 
 
-def attend_partially(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float) -> Partial:
+def attend_partially(queries: Tensor, keys: Tensor, values: Tensor, masked: Tensor, scale: float) -> Partial:
     """Attention of each batch entry's queries over its keys, in float32 but for the number format of the input.
 
     Args:
         queries: [batch, key heads, queries, size].
-        keys, values: [batch, key heads, keys, size]; values must be finite where they are hidden, too.
-        hidden: bool, broadcast to [batch, 1, queries, keys]. The output for a query that sees no key means nothing,
+        keys, values: [batch, key heads, keys, size]; values must be finite where they are masked, too.
+        masked: bool, broadcast to [batch, 1, queries, keys]. The output for a query that sees no key means nothing,
             and is finite.
     """
     scores = _matmul(queries, keys.transpose(2, 3)).mul_(scale)
-    scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    scores.masked_fill_(masked, torch.finfo(torch.float32).min)
     highest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     return Partial(_matmul(weights.to(values.dtype), values), weights.sum(dim=-1, keepdim=True), highest)
@@ -106,7 +106,7 @@ def attend_prefixes(
     """
     keys, values = pool.read_blocks(layer, blocks)
     on_image = queries[sharing.rows].transpose(1, 2).flatten(2, 3)  # [images, heads, rows on it * queries, size]
-    partials = attend_partially(on_image[sharing.image_of_block], keys, values, sharing.hidden, scale)
+    partials = attend_partially(on_image[sharing.image_of_block], keys, values, sharing.masked, scale)
     merged = merge_partials(partials, sharing.blocks, sharing.is_block)
     shape = (len(sharing.rows), queries.shape[1], sharing.rows.shape[1], queries.shape[2], -1)
     return Partial(*(one.view(shape)[sharing.image, :, sharing.place] for one in merged))

@@ -17,7 +17,7 @@ from vqa_embeddings.layers.kv_cache import BLOCK, Prefix
 class PrefixSharing:
     """The indexes of one pass over rows, tensors on its device. Images are numbered within the pass."""
 
-    hidden: Tensor  # bool [blocks, 1, 1, BLOCK], where a block holds no key of its image
+    masked: Tensor  # bool [blocks, 1, 1, BLOCK], where a block holds no key of its image
     image_of_block: Tensor  # int64 [blocks]
     rows: Tensor  # int64 [images, most rows], the rows on each image; padded
     blocks: Tensor  # int64 [images, most blocks], which of the pass's blocks are the image's; padded
@@ -102,5 +102,5 @@ def _index(
         rows[number, : len(members)] = members
         for place, row in enumerate(members):
             of_row[:, row] = number, place, prefix.length, prefix.rope_variant
-    hidden = np.arange(BLOCK) >= keys[:, None, None, None]
-    return PrefixSharing(*map(torch.from_numpy, (hidden, image_of_block, rows, own_blocks, is_block, *of_row)))
+    masked = np.arange(BLOCK) >= keys[:, None, None, None]
+    return PrefixSharing(*map(torch.from_numpy, (masked, image_of_block, rows, own_blocks, is_block, *of_row)))

@@ -52,6 +52,7 @@ class ModelFamily(Protocol):
     model_types: Mapping[str, str]  # of `config.json`, and what each means
     default_model: str  # name on the hub
     default_revision: str  # of that model
+    unused_files: Sequence[str]  # patterns of files of its models that need not be downloaded
     file_prefix: str  # what its part files begin with, as published
     model_type: str  # attribute of its part files, as published
 

@@ -9,13 +9,16 @@ from vqa_embeddings.base.environment import names_hub_cache
 from vqa_embeddings.errors import InputError, one_line
 
 MODEL_CACHE = Path("./model_cache")  # as published; the demo's model lies there too
-WANTED, UNWANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"], ["speech-lora/*"]
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
-def download(model: str, revision: str, cache_dir: Path | None, is_whole: Callable[[Path], bool]) -> tuple[Path, str]:
+def download(
+    model: str, revision: str, cache_dir: Path | None, is_whole: Callable[[Path], bool], unwanted: Sequence[str] = ()
+) -> tuple[Path, str]:
     """Find a model in a cache, or download it.
 
     Args:
+        unwanted: patterns of files that are not downloaded.
         cache_dir: the cache; None: see `choose_cache`.
         is_whole: whether a snapshot's folder has all of the model's weights.
     Returns:
@@ -30,7 +33,7 @@ def download(model: str, revision: str, cache_dir: Path | None, is_whole: Callab
     begun = [bool(_revisions(model, cache)) for cache in caches]
     cache = choose_cache(caches, whole, begun, names_hub_cache())
     try:
-        path = _snapshot(model, revision, cache)
+        path = _snapshot(model, revision, cache, unwanted)
     except Exception as error:  # no network, no such model, no access: the hub has many ways to say no
         raise InputError(
             f"{model} (revision {revision}) is neither a folder nor to be had from the hub: {one_line(error)}; "
@@ -56,10 +59,10 @@ def choose_cache(caches: Sequence[Path], whole: Sequence[bool], begun: Sequence[
     return caches[list(begun).index(True) if any(begun) else 0]
 
 
-def _snapshot(model: str, revision: str, cache: Path, offline: bool = False) -> Path:
+def _snapshot(model: str, revision: str, cache: Path, unwanted: Sequence[str] = (), offline: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    patterns = {"allow_patterns": WANTED, "ignore_patterns": [*unwanted]}
     return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=offline, **patterns))
 
 

@@ -37,7 +37,8 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
     known = {model_type: family for family in families() for model_type in family.model_types}
     revisions = {family.default_model: family.default_revision for family in families()}
     example = default_family().default_model
-    folder, revision = locate(model, revision, cache_dir, example, revisions.get(model, "main"))
+    unwanted = [pattern for family in families() for pattern in family.unused_files]
+    folder, revision = locate(model, revision, cache_dir, example, revisions.get(model, "main"), unwanted)
     try:
         if not (folder / CONFIG).exists():
             for family in families():

@@ -88,7 +88,7 @@ class Page:
         """The settings that the vectors depend on."""
         run = self.run
         layers = ", ".join(map(str, run.layers))
-        adapter = f"vision LoRA {run.lora}, " if run.lora else ""
+        adapter = f"LoRA {run.lora}, " if run.lora else ""
         settings = f"{run.dtype}, {run.attn_implementation}, {adapter}layers {layers}"
         return f"{settings}, begun {run.created_at}"
 
@@ -99,9 +99,14 @@ class Page:
         return "all rows" if self.sampled == extracted else f"a sample of {self.sampled} of {extracted:,} rows"
 
     @property
+    def agreed(self) -> int:
+        """How many answers agree with their ground truth."""
+        return self.agreement.get(True, 0)
+
+    @property
     def compared(self) -> int:
         """How many answers have a ground truth."""
-        return self.agreement.get(True, 0) + self.agreement.get(False, 0)
+        return self.agreed + self.agreement.get(False, 0)
 
     @property
     def why_no_pictures(self) -> str | None:

@@ -192,7 +192,7 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         return self._read_matrix(VISION_TOKEN, layer)
 
     def vision_only(self) -> np.ndarray:
-        """Means of the SigLIP patch features that the projector reads, float32 `[n, vision]`."""
+        """Means of the vision tower's patch features that the projector reads, float32 `[n, vision]`."""
         return self._read_matrix(VISION_ONLY)
 
     def table(self) -> pandas.DataFrame:

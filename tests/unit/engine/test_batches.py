@@ -328,7 +328,7 @@ def test_every_row_finds_its_picture_and_every_block_its_rows(pictures, seed, pa
         found = sharing.blocks[picture][sharing.is_block[picture]]
         assert [blocks[index] for index in found] == prefix.blocks
         assert (sharing.image_of_block[found] == picture).all()
-        assert int((~sharing.hidden[found]).sum()) == prefix.length == int(sharing.length[row])
+        assert int((~sharing.masked[found]).sum()) == prefix.length == int(sharing.length[row])
         assert int(sharing.rope_variant[row]) == prefix.rope_variant
 
 

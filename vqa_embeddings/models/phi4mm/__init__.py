@@ -7,12 +7,12 @@ its SigLIP and projector, `decoder` its language model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqa_embeddings.models.base import VisionLanguageModel
-from vqa_embeddings.models.phi4mm.formats import FORMATS
+from vqa_embeddings.models.phi4mm.formats import LAYOUTS
 
 if TYPE_CHECKING:
     from vqa_embeddings.models.phi4mm.checkpoint import Phi4Checkpoint
@@ -26,8 +26,9 @@ class Phi4Family:
 
     def __init__(self) -> None:
         self.name = "Phi-4-multimodal"
-        self.model_types: Mapping[str, str] = {name: f"the {layout} layout" for name, layout in FORMATS.items()}
+        self.model_types: Mapping[str, str] = {name: f"the {layout} layout" for name, layout in LAYOUTS.items()}
         self.default_model, self.default_revision = MODEL, NATIVE_REVISION
+        self.unused_files: Sequence[str] = ["speech-lora/*"]
         self.file_prefix, self.model_type = "phi4_multimodal", "phi-4-multimodal"
 
     def explain_folder(self, folder: Path) -> None:

@@ -13,12 +13,12 @@ from vqa_embeddings.models.checkpoint import (
     Tensors,
     find_tensors,
     fingerprint,
-    kept_layers,
     quantised,
     read_header,
     read_json,
     read_those,
     stored_dtype,
+    stored_layers,
 )
 from vqa_embeddings.models.phi4mm.adapters import (
     check_patterns,
@@ -27,7 +27,7 @@ from vqa_embeddings.models.phi4mm.adapters import (
     settings_among,
     settings_in_folder,
 )
-from vqa_embeddings.models.phi4mm.formats import FORMATS, PROCESSOR_FILES, TOKENIZER_FILES, is_read, refuse_wrapped
+from vqa_embeddings.models.phi4mm.formats import LAYOUTS, PROCESSOR_FILES, TOKENIZER_FILES, is_read, refuse_wrapped
 from vqa_embeddings.models.phi4mm.settings import PictureSettings, added_tokens, find_ends, find_picture_settings
 
 PICTURE_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -64,7 +64,7 @@ def inspect(
     Args:
         lora: what is done with the vision adapter; "none" where the weights hold it, and no other has to be there.
     """
-    layout = FORMATS[config["model_type"]]
+    layout = LAYOUTS[config["model_type"]]
     _check_tokenizer(folder, layout)
     tensors = find_tensors(folder)
     refuse_wrapped(str(folder), tensors)
@@ -158,7 +158,7 @@ def _find_adapter(folder: Path, config: dict[str, Any], tensors: Tensors, lora: 
 def _sizes(folder: Path, config: dict[str, Any]) -> tuple[list[int], int, int]:
     vision = config.get("vision_config") or {}
     try:
-        layers = kept_layers(int(config.get("num_hidden_layers", 32)))
+        layers = stored_layers(int(config.get("num_hidden_layers", 32)))
         return layers, int(config.get("hidden_size", 3072)), int(vision.get("hidden_size", 1152))
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise InputError(f"{folder / CONFIG} gives no sizes of the model; download the checkpoint again") from None

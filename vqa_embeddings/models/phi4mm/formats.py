@@ -14,7 +14,7 @@ from typing import Any
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.models.phi4mm.adapters import AMONG
 
-FORMATS = {"phi4_multimodal": "native", "phi4mm": "original"}  # by the model_type of config.json
+LAYOUTS = {"phi4_multimodal": "native", "phi4mm": "original"}  # by the model_type of config.json
 IMAGE_TOKENS = {"native": "<|image|>", "original": "<|endoftext10|>"}
 ORIGINAL_AUDIO_TOKEN = "<|endoftext11|>"
 # What has to lie beside the weights. The flags of the added tokens may stand in either of the tokenizer's two files.

@@ -24,7 +24,7 @@ from vqa_embeddings.errors import PictureUnreadable, PromptTooLong
 from vqa_embeddings.layers.device import to_device
 from vqa_embeddings.layers.kv_cache import KVCache
 from vqa_embeddings.models.base import EncodedImage, FinishReason, ForwardInputs, ModelSpec
-from vqa_embeddings.models.checkpoint import kept_layers
+from vqa_embeddings.models.checkpoint import stored_layers
 from vqa_embeddings.models.phi4mm.checkpoint import PIXEL_MEAN
 from vqa_embeddings.models.phi4mm.decoder import GROUP, Decoder
 from vqa_embeddings.models.phi4mm.formats import END_LSTRIP, IMAGE_RSTRIP, IMAGE_TOKENS
@@ -50,7 +50,7 @@ class Phi4:
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, max_new_tokens: int) -> None:
         config = model.config
-        layers = kept_layers(config.num_hidden_layers)
+        layers = stored_layers(config.num_hidden_layers)
         self._image_token: int = config.vision_config.image_token_id
         self.decoder = Decoder(model, layers)
         self.vision = Vision(model.model.embed_tokens_extend.image_embed, config.vision_config)
@@ -68,7 +68,7 @@ class Phi4:
         self._image_processor = image_processor
         self._context: int = config.max_position_embeddings
         self._short_context = self.decoder.short_context or self._context
-        self._ends = set(model.generation_config.eos_token_id)  # as `Checkpoint.ends` has them
+        self._ends = set(model.generation_config.eos_token_id)  # as `Phi4Checkpoint.ends` has them
         self._plain = _without_added_tokens(self._tokenizer.backend_tokenizer)
         placeholder = tokenizer.convert_ids_to_tokens(self._image_token)
         self._end_swallows, self._image_swallows = END_LSTRIP, IMAGE_RSTRIP
