@@ -213,3 +213,10 @@ def fingerprint(folder: Path, further: Iterable[str] = ()) -> str:
                 stream.seek((size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
                 digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def machine_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong while loading without the checkpoint being at fault: the machine's memory, its GPU, a package."""
+    import torch
+
+    return torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, ImportError

@@ -1,8 +1,8 @@
 """The family of Phi-4-multimodal, with its vision LoRA.
 
 `checkpoint` and, for its single files, `formats`, `settings` and `adapters` say what a folder holds, without torch.
-`weights` loads it, `random_checkpoint` writes a small one. `model` is the protocol's face of what was loaded, `vision`
-its SigLIP and projector, `decoder` its language model.
+`weights` loads it, `lora` puts the adapter on it, `random_checkpoint` writes a small one. `model` is the protocol's
+face of what was loaded, `vision` its SigLIP and projector, `decoder` its language model.
 """
 
 from __future__ import annotations
