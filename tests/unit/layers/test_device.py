@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,12 +13,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import flash_stand_in
 from tests.helpers.launching import ROOT
 from vqa_embeddings.app.plan_summary import describe_memory
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.layers import device as compute
 from vqa_embeddings.layers import gpu_claims as claims
-from vqa_embeddings.layers.device import fair_share, find_device, lacks_binaries, to_host
+from vqa_embeddings.layers.device import (
+    Device,
+    _no_flash_package,
+    choose_attention,
+    choose_dtype,
+    fair_share,
+    find_device,
+    lacks_binaries,
+    to_host,
+)
 from vqa_embeddings.layers.gpu_claims import Claim
 
 BUILT = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]  # of torch, in most tests
@@ -198,3 +209,59 @@ def test_tensors_that_are_received_in_one_piece_are_what_they_were():
     for found, wanted in zip(pieces, tensors, strict=True):
         assert found.dtype == wanted.dtype and found.shape == wanted.shape
         assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
+CPU = Device("cpu", "CPU", bfloat16=True, no_flash="flash-attn needs a GPU")
+GPU = Device("cuda:0", "a GPU", bfloat16=True, no_flash="")
+OLD_GPU = Device("cuda:0", "an old GPU", bfloat16=False, no_flash="flash-attn needs compute capability 8.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "dtype", "attention"),
+    [
+        (CPU, "auto", "float32", "sdpa"),
+        (CPU, "bfloat16", "bfloat16", "sdpa"),
+        (GPU, "auto", "bfloat16", "flash_attention_2"),
+        (GPU, "float32", "float32", "sdpa"),
+        (OLD_GPU, "auto", "float16", "sdpa"),
+        (Device("cuda:0", "a GPU", True, "flash-attn is not installed"), "auto", "bfloat16", "sdpa"),
+    ],
+)
+def test_what_is_chosen_suits_the_device_and_says_why(device, asked, dtype, attention):
+    chosen = choose_dtype(asked, device)
+    kernels = choose_attention("auto", chosen.value, device)
+    assert (chosen.value, kernels.value) == (dtype, attention)
+    assert chosen.reason and kernels.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CPU, "bfloat16", "flash-attn needs a GPU; use sdpa"),
+        (OLD_GPU, "float16", "needs compute capability 8.0; use sdpa"),
+        (GPU, "float32", "computes in float16 or bfloat16 only; use sdpa"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused_with_the_reason(device, dtype, reason):
+    with pytest.raises(InputError, match=reason):
+        choose_attention("flash_attention_2", dtype, device)
+
+
+def test_a_format_that_the_device_lacks_is_refused():
+    with pytest.raises(InputError, match="an old GPU has none; use float16 or float32"):
+        choose_dtype("bfloat16", OLD_GPU)
+
+
+def test_a_flash_attn_built_for_another_torch_is_not_chosen(tmp_path, monkeypatch):
+    assert _no_flash_package() == "flash-attn is not installed"
+    monkeypatch.syspath_prepend(tmp_path)
+    for fault in ("ImportError('undefined symbol')", "OSError('libcudart.so.12: cannot open shared object file')"):
+        (tmp_path / "flash_attn.py").write_text(f"raise {fault}")
+        assert _no_flash_package().startswith("flash-attn is installed but cannot be imported (")
+        importlib.invalidate_caches()
+
+
+def test_a_flash_attn_that_the_library_does_not_take_is_not_chosen(monkeypatch):
+    """Asked for its kernels all the same, it would look for others to download."""
+    flash_stand_in.install(monkeypatch)
+    assert _no_flash_package() == "transformers does not take this flash-attn for version 2"
