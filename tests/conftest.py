@@ -22,13 +22,26 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+# These files take minutes each: begun before the other launches, they leave no process with one of them at the end.
+LONG_FILES = ("test_signals.py", "test_resume.py", "test_mpi.py", "test_gpu_check.py", "test_readme.py")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of whole launches are slow; those on a real Slurm, which take longest, come last."""
+    """The tests of whole launches are slow, and come after the others."""
     for item in items:
         if "system" in item.path.relative_to(ROOT).parts:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "slurm" in item.path.parts)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """Where a test stands in the order of all."""
+    if "slurm" in item.path.parts:  # which takes longest, and mostly waits: of several processes one begins with it
+        return 0 if "PYTEST_XDIST_WORKER" in os.environ else 4
+    if "system" not in item.path.relative_to(ROOT).parts:
+        return 1
+    return 2 if item.path.name in LONG_FILES else 3
 
 
 @pytest.fixture(scope="session")
