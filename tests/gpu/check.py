@@ -37,7 +37,7 @@ class Stage:
 
 STAGES = [
     Stage("graphs", "graphs", "steps by captured graphs against eager ones, token for token"),
-    Stage("not-finite", "not_finite", "logits that become NaN amid an answer cost that row alone"),
+    Stage("not-finite", "not_finite", "logits that become NaN in the middle of an answer cost that row alone"),
     Stage("memory", "memory", "running out of memory changes no answer"),
     Stage("formats", "launches", "real launches in every number format against the float32 reference"),
     Stage("devices", "launches", "two ranks on two GPUs"),

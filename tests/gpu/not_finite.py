@@ -1,4 +1,4 @@
-"""Stage `not-finite`: a NaN in one row amid its answer, inside the step; the others must not notice.
+"""Stage `not-finite`: a NaN in one row in the middle of its answer, inside the step; the others must not notice.
 
 What the decoder reads of the row's last token but one is made NaN on the device, without waiting, in the step itself,
 captured or not: so are the row's keys and values from there on, and the logits of its last token. The row leaves when

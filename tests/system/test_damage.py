@@ -1,4 +1,4 @@
-"""Full disks, flipped bits, bad pictures, kills amid a commit: nothing committed is lost, nothing stored is false."""
+"""Full disks, flipped bits, bad pictures, kills inside a commit: nothing committed is lost, nothing stored is false."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_no_damage_ends_a_reader_or_keeps_it_busy(out):
 
 
 def test_damage_costs_extracting_its_rows_again_and_nothing_else(out):
-    """A flipped bit in every second file, by the programs themselves: set aside, missing, made anew, and right."""
+    """A flipped bit in every second file, by the programs themselves: set aside, missing, and right the next time."""
     records = [record(row) for row in range(ROWS)]
     commit(out, records)
     assert merge(out, "--part-size", PART_SIZE).returncode == 0

@@ -1,4 +1,4 @@
-"""The README as a newcomer follows it: every block that needs no GPU, no queue and no network works as it stands."""
+"""The README as a newcomer follows it: every block that needs no GPU, no queue and no network works unchanged."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _describe_rate(heartbeats: Sequence[Heartbeat]) -> str:
     rate, left = sum(one.rows_per_second() for one in heartbeats), sum(one.left for one in heartbeats)
     ranks = f"{len(heartbeats)} rank{'s' * (len(heartbeats) > 1)} at work"
     if rate == 0:
-        return f"{ranks}, {left} rows to do, and no pace yet"
+        return f"{ranks}, {left} rows to do, and no speed measured yet"
     minutes = f"over the last {RECENT_SECONDS / 60:.0f} minutes"
     return f"{ranks}, {rate:.1f} rows/s {minutes}: {duration(left / rate)} left for their {left} rows"
 

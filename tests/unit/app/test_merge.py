@@ -258,7 +258,7 @@ def test_pruning_removes_only_what_verified_parts_hold(out):
     assert len(gone) == 4 and all("launch0" in name for name in gone)  # two segments with their checksums
     assert merge(out, "--part-size", PART_SIZE).returncode == 4
     assert_right(out, set(range(ROWS)) - {10})
-    # The part of a row that is extracted at last is made anew, from what it held and the new segment.
+    # The part of a row that is extracted at last is written again, from what it held and the new segment.
     commit(out, [record(10)])
     assert merge(out, "--part-size", PART_SIZE, "--prune").returncode == 0
     assert not list(out.glob("shards/*/*.h5"))

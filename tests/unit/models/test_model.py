@@ -257,7 +257,7 @@ def test_no_token_is_chosen_where_a_logit_is_not_finite(model, dtype, value):
 
 
 def test_logits_that_are_not_finite_fail_their_row_at_that_token_and_no_other(model, monkeypatch):
-    """A token that one row alone writes, amid its answer, is read as NaN; the others have the same bits as without."""
+    """One row alone writes a token that is read as NaN; the others have the same bits as without."""
     pictures = [open_picture(DATA / name) for name in ("cat.jpg", "rocket.jpg")]
     asked = [(picture, ["Why?", "Where is it?", "How many are there?"]) for picture in pictures]
     written: dict[int, list[int]] = {}
