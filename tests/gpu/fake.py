@@ -36,7 +36,7 @@ from vqa_embeddings.base.timings import Timings
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.engine.runner import Runner
-from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers import device as devices
 from vqa_embeddings.layers.gpu_claims import Claim
 from vqa_embeddings.models.phi4mm import random_checkpoint
 from vqa_embeddings.models.phi4mm.model import Phi4
@@ -174,9 +174,9 @@ def run(scene: Scene) -> Report:
         table = _table(scene, scratch / "pictures")
         report = Report(scene)
         model = _model(scene, device, config)
-        claims = mock.patch.object(compute, "claims_folder", lambda: scratch / "claims")
-        with claims, mock.patch.dict(compute._claims, clear=True), _without_collector(), device.installed():
-            found = compute.find_device(scene.rank)
+        claims = mock.patch.object(devices, "claims_folder", lambda: scratch / "claims")
+        with claims, mock.patch.dict(devices._claims, clear=True), _without_collector(), device.installed():
+            found = devices.find_device(scene.rank)
             assert found.name == str(device.device)
             others = [Claim(scratch / "claims", f"fake-{scene.rank}") for _ in range(scene.processes - 1)]
             for tensor in [*model.parameters(), *model.buffers()]:
@@ -184,7 +184,7 @@ def run(scene: Scene) -> Report:
             engine = Phi4(model, tokenizer, processor, scene.new_tokens)
             device.lack = Lacks(scene.lacks)
             _extract(engine, device, table, PictureFolder(scratch / "pictures"), report)
-            for claim in [*others, *compute._claims.values()]:
+            for claim in [*others, *devices._claims.values()]:
                 claim.withdraw()
     return report
 

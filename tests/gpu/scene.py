@@ -18,7 +18,7 @@ from tests.helpers.original_layout import write_original
 from tests.helpers.reference import Expected, Reference
 from tests.helpers.tables import table_rows, write_table
 from vqa_embeddings.app.demo import DATA
-from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers import device as devices
 from vqa_embeddings.layers.device import Device, find_device, versions
 from vqa_embeddings.models.phi4mm.random_checkpoint import make_checkpoint
 
@@ -109,8 +109,8 @@ class Scene:
         """Leave the GPU, its memory and the claim to it, to launches."""
         self.__dict__.pop("full_model", None)
         self.release()
-        for name in list(compute._claims):
-            compute._claims.pop(name).withdraw()
+        for name in list(devices._claims):
+            devices._claims.pop(name).withdraw()
 
     def tidy(self) -> None:
         """After a stage: what it left is gone, and this process has its GPU."""

@@ -19,7 +19,7 @@ from tests.helpers.launching import ROOT
 from vqa_embeddings.engine import capacity, core, cuda_graphs, runner
 from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
 from vqa_embeddings.engine.runner import Runner
-from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers import device as devices
 from vqa_embeddings.models.phi4mm import decoder
 
 pytestmark = pytest.mark.slow  # each is a whole extraction, operator by operator
@@ -119,7 +119,7 @@ def a_tensor_of_the_host_in_a_capture(monkeypatch):
 
 
 def a_copy_from_the_host_in_a_capture(monkeypatch):
-    within_a_step(monkeypatch, lambda inputs: compute.to_device(torch.ones(3), inputs.num_keys.device))
+    within_a_step(monkeypatch, lambda inputs: devices.to_device(torch.ones(3), inputs.num_keys.device))
 
 
 def a_wait_in_a_capture(monkeypatch):

@@ -17,7 +17,7 @@ from tests.helpers import flash_stand_in
 from tests.helpers.launching import ROOT
 from vqa_embeddings.app.plan_summary import describe_memory
 from vqa_embeddings.errors import InputError
-from vqa_embeddings.layers import device as compute
+from vqa_embeddings.layers import device as devices
 from vqa_embeddings.layers import gpu_claims as claims
 from vqa_embeddings.layers.device import (
     Device,
@@ -53,14 +53,14 @@ def test_the_gpu_of_a_rank_is_the_current_device_before_anything_is_asked_of_it(
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer(name, value))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: BUILT)
-    monkeypatch.setattr(compute, "claims_folder", lambda: tmp_path / "claims")
-    monkeypatch.setattr(compute, "_claims", {})
+    monkeypatch.setattr(devices, "claims_folder", lambda: tmp_path / "claims")
+    monkeypatch.setattr(devices, "_claims", {})
     device = find_device(local_rank)
     assert (device.name, device.memory) == (f"cuda:{index}", 80 << 30)
     assert asked[0] == f"set_device cuda:{index}"
-    assert compute.count_processes(device.name) == 1
+    assert devices.count_processes(device.name) == 1
     other = Claim(tmp_path / "claims", f"gpu-{index}")  # of a rank that comes later
-    assert compute.count_processes(device.name) == 2
+    assert devices.count_processes(device.name) == 2
     other.withdraw()
 
 
@@ -84,7 +84,7 @@ def test_a_gpu_that_torch_has_no_binaries_for_is_known(capability, built, lacks)
 
 
 def test_a_gpu_that_torch_has_no_binaries_for_is_refused_before_it_is_claimed(monkeypatch):
-    monkeypatch.setattr(compute, "_claim", lambda index: pytest.fail("it is claimed"))
+    monkeypatch.setattr(devices, "_claim", lambda index: pytest.fail("it is claimed"))
     for name, value in {
         "is_available": True,
         "device_count": 1,
@@ -156,9 +156,9 @@ def test_memory_that_torch_keeps_in_reserve_counts_as_free(monkeypatch):
     figures = {"mem_get_info": (10, 80), "memory_allocated": 9, "memory_reserved": 70, "empty_cache": None}
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, figure=figure: figure)
-    assert compute.free_memory(torch.device("cuda", 0)) == 10 + 70 - 9
-    monkeypatch.setattr(compute, "count_processes", lambda name: 2)
-    assert compute.free_memory(torch.device("cuda", 0)) == 80 // 2 - 9
+    assert devices.free_memory(torch.device("cuda", 0)) == 10 + 70 - 9
+    monkeypatch.setattr(devices, "count_processes", lambda name: 2)
+    assert devices.free_memory(torch.device("cuda", 0)) == 80 // 2 - 9
 
 
 def test_the_plan_says_what_each_process_on_a_gpu_may_take():
@@ -205,7 +205,7 @@ def test_tensors_that_are_received_in_one_piece_are_what_they_were():
         torch.empty(0, 4),
     ]
     assert to_host(*tensors)[1] is tensors[1]
-    pieces = compute.in_one_piece(tensors)
+    pieces = devices.in_one_piece(tensors)
     for found, wanted in zip(pieces, tensors, strict=True):
         assert found.dtype == wanted.dtype and found.shape == wanted.shape
         assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
