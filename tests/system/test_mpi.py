@@ -391,6 +391,11 @@ def test_a_rank_that_is_asked_to_stop_before_there_is_a_python_does_not_begin(tm
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_a_rank_begins_whatever_the_environment_has_under_the_names_of_its_script():
+    done = run([*map(str, RANK), "--help"], stopped="1", status="7")
+    assert done.returncode == 0 and done.stdout.startswith("usage: extract_dist.py"), done.stderr
+
+
 COMMIT = """
 import os, signal, sys, time
 from pathlib import Path
