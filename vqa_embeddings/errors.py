@@ -31,8 +31,8 @@ class RowError(Exception):
     """One row cannot be extracted. It is recorded as data, and the others go on.
 
     The name of the subclass is what `failed.csv` shows as `error`; the text is its `message`. It may be raised while a
-    picture is prepared (`app.extract`), while a prompt is made and while a record is made (`engine.core`). An error of
-    another kind, or in another place, ends the run.
+    picture is prepared (`app.extract`), and while a prompt is made (`engine.core`); `engine.outcome` checks what is
+    to be stored. An error of another kind, or in another place, ends the run.
     """
 
     def __init__(self, message: str, errno: int | None = None) -> None:
@@ -52,7 +52,10 @@ class PictureOutsideFolder(RowError):
 
 
 class PictureUnreadable(RowError):
-    """The file is there, but no picture can be made of it. From `data.decode`, `data.decode_pool`, and the families."""
+    """The file is there, but no picture can be made of it.
+
+    From `data.decode`, by its `unreadable_picture` and `damaged_picture`, from `data.decode_pool`, and the families.
+    """
 
 
 class QuestionEmpty(RowError):

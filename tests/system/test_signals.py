@@ -235,7 +235,7 @@ def endless(tmp_path, checkpoint) -> list[object]:
 
 @pytest.mark.parametrize("last", [signal.SIGKILL, signal.SIGTERM], ids=["a kill", "a second signal"])
 def test_what_was_finished_is_committed_before_the_rows_in_hand_are_done(tmp_path, endless, last):
-    """Open MPI kills two seconds after it asked. A second request does not wait for the rows in hand either."""
+    """Open MPI kills a second after it asked. A second request does not wait for the rows in hand either."""
     launch = start(tmp_path / "out", tmp_path / "log", 0, *endless)
     until(lambda: launch.bar() == 3, launch.process)
     launch.process.terminate()

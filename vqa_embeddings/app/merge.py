@@ -111,7 +111,7 @@ def _write_parts(options: MergeOptions, findings: Findings, workers: ProcessPool
     jobs = (_job(options, catalog, coverage, plan) for plan in findings.to_write)
     written = {path.name: digest for path, digest in workers(write_part, jobs)}
     verified = findings.found | written
-    # Of several hashes that a part may have, it has the one that was found.
+    # A part that may have several hashes has been hashed (`merge_findings._in_doubt`), and so is among the verified.
     hashes = {name: next(iter(some)) for name, some in findings.known.items()} | verified
     parts = _parts_now(options, catalog, coverage, findings.plans)
     entries = [describe_part(part, hashes.get(part.path.name)) for part in parts]

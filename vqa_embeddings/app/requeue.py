@@ -1,4 +1,4 @@
-"""Whether a Slurm job that a signal stopped goes back into the queue, and putting it there."""
+"""Whether a Slurm job with rows left goes back into the queue, and putting it there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RowsLeft:
 
 
 def requeue(job: QueuedJob, record: Path, before: RowsLeft, left: RowsLeft) -> int:
-    """Put a job that a signal stopped back into the queue, unless it makes no progress. Returns the exit status.
+    """Put a job with rows left back into the queue, unless it makes no progress. Returns the exit status.
 
     Args:
         record: the file that holds, from one run of the job to the next, how many in a row have committed nothing.

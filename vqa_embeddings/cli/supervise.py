@@ -3,11 +3,11 @@
     python -m vqa_embeddings.cli.supervise accelerate launch extract_dist.py -- <arguments of extract_dist.py>
 
 A launcher's own exit status says little: `accelerate launch` reports a signal as a failure of its own, and `srun` may
-report a lost node as success. What the output folder holds decides. A Slurm job that a signal stopped with rows of its
-own slice left is put back into the queue, until two runs in a row have committed nothing.
+report a lost node as success. What the output folder holds decides. A Slurm job with rows of its own slice left, whose
+launch has not failed, is put back into the queue, until two runs in a row have committed nothing.
 
-Exit status: the launch's where it failed; else 0 where every row of the slice is accounted for or a signal stopped the
-launch, and 1 where rows are left for another reason.
+Exit status: the launch's where it failed; else 0 where every row of the slice is accounted for, a signal stopped the
+launch, or the Slurm job runs again; 1 where rows are left for another reason, or the job could not run again.
 """
 
 from __future__ import annotations

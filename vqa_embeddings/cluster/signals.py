@@ -14,10 +14,12 @@ KILL leaves what was committed, and perhaps a temporary file that nobody reads.
 A request reaches the ranks by way of their launcher:
 
     torchrun, accelerate          TERM is passed on. USR1, USR2 and KILL end the launcher, as any signal does
-                                  `accelerate launch` with one process: then the kernel sends TERM
+                                  `accelerate launch` with one process: then the kernel sends TERM. After a signal
+                                  the launcher's own status is that of a failure
     srun, mpirun                  USR1 is passed on; TERM kills the ranks at once, or after a second
     the files of launch/          `app.supervise` passes each of the four on as the one that its launcher passes on,
-                                  then counts the rows that are left, and puts a Slurm job back into the queue
+                                  then counts the rows that are left, and puts a Slurm job back into the queue. Status
+                                  0, or 1 where `app.requeue` could not, or gave up
 """
 
 from __future__ import annotations

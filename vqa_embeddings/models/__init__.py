@@ -4,7 +4,7 @@
 family that its `model_type` names. `checkpoint` reads what is the same for all: folder, config.json, safetensors
 headers, fingerprint. `hub` finds a model in a cache or downloads it. `phi4mm` is the family of Phi-4-multimodal.
 
-To add a family, write a folder beside `phi4mm` with
+To add a family, write a folder beside `phi4mm` with all that the two protocols of `base` name:
 
 1. a `ModelFamily` in its `__init__.py`, which imports nothing slow: names, default model, prefix of the part files;
    `inspect` returns a `Checkpoint` (or a subclass that holds what loading needs) and refuses what does not fit;
