@@ -23,7 +23,7 @@ settings.load_profile("busy")
 
 
 # These files take minutes each: begun before the other launches, they leave no process with one of them at the end.
-LONG_FILES = ("test_signals.py", "test_resume.py", "test_mpi.py", "test_gpu_check.py", "test_readme.py")
+LONG_FILES = ("test_signals.py", "test_resume.py", "test_mpi.py", "test_gpu_check.py", "test_storage.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks

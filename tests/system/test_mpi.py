@@ -304,6 +304,7 @@ def test_term_to_the_launch_file_at_random_moments_loses_nothing_that_was_finish
     line = ["bash", str(ROOT / "launch/mpi/extract.sh"), *map(str, arguments)]
     chosen = {**mpirun.settings, "MPIRUN": mpirun.command[0], "NPROC": "2"}
     stop_at_random_moments((Running(line, out, tmp_path / f"log{n}", **chosen) for n in range(TERMS)), random.Random(7))
+    line += ["--batch-size", "16"]  # the last run is to end soon
     done = run(line, **chosen)
     assert done.returncode == 0, done.stderr
     assert_complete(out, expected)

@@ -48,6 +48,7 @@ def test_a_killed_launch_goes_on_with_another_number_of_ranks(tmp_path, many_row
 
     early = merge(tmp_path)
     assert early.returncode == 3, early.stdout
+    arguments += ["--batch-size", 16]  # the last run is to end soon
     done = run(command(3, *arguments))
     assert done.returncode == 0, done.stderr
     assert merge(tmp_path).returncode == 0
@@ -101,6 +102,7 @@ def test_kills_at_random_moments_lose_no_committed_row_and_double_none(tmp_path,
         committed = now
     assert fruitful >= 10, "too few of the killed launches had committed anything"
 
+    arguments += ["--batch-size", 16]  # the last run is to end soon
     done = run(command(2, *arguments))
     assert done.returncode == 0, done.stderr
     merged = merge(tmp_path)

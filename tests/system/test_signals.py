@@ -274,6 +274,7 @@ def test_term_to_accelerate_at_random_moments_loses_nothing_that_was_finished(
     out, inputs = tmp_path / "out", [*arguments_for(many_rows, checkpoint), "--batch-size", 1]
     launches = (start(out, tmp_path / f"log{number}", 2, *inputs) for number in range(TERMS))
     stop_at_random_moments(launches, random.Random(11))
+    inputs += ["--batch-size", 16]  # the last run is to end soon
     assert run(command(2, *inputs, "--output-dir", out)).returncode == 0
     assert_complete(out, expected)
 

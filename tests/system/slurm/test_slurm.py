@@ -313,7 +313,7 @@ def test_term_through_srun_at_random_moments(user, expected):
         asked = time.monotonic()
         said += step.communicate(timeout=60)[0]
         assert time.monotonic() - asked < 20
-    said += user.run(*command)
+    said += user.run(*command, "--batch-size", 16)  # the last run is to end soon
     assert said.count("stopped by SIGTERM after a commit") >= TERMS, "too few came while there was something to lose"
     assert sum(map(int, re.findall(r"(\d+) rows extracted, 0 failed, \d+ left", said))) == 31 * COPIES
     assert user.merge()["duplicates"] == 0

@@ -19,9 +19,11 @@ from tests.helpers.launching import TOKENS
 from tests.helpers.original_layout import VISION_PATTERN, edit_json, edit_weights, weights_of
 from tests.helpers.reference import cosine
 from tests.helpers.tables import table_rows
+from tests.system.test_refusals import ADAPTERS
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.data.decode import open_picture
 from vqa_embeddings.errors import InputError
+from vqa_embeddings.models import checkpoint as checkpoints
 from vqa_embeddings.models.phi4mm import MODEL
 from vqa_embeddings.models.phi4mm.formats import IMAGE_TOKENS
 from vqa_embeddings.models.phi4mm.weights import _load_image_processor, load_model
@@ -268,3 +270,123 @@ def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(
     [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), [(picture, question)]) for folder in (copy, checkpoint))
     assert found.answer == wanted.answer
     assert np.array_equal(found.query_token, wanted.query_token)
+
+
+# --- refused, in both layouts --------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, saying: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        load(folder)
+    assert saying in str(refusal.value)
+
+
+def test_weights_that_are_not_there_are_refused(copy):
+    weights_of(copy)[-1].rename(copy / "pytorch_model.bin")
+    refused(copy, saying="(found pytorch_model.bin, which is not read); expected the weights as safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "saying"),
+    [
+        ("model.norm.weight", "model-00003-of-00002.safetensors", "holds no model-00003-of-00002.safetensors"),
+        ("model.norm.weight", "../checkpoint/model-00001-of-00002.safetensors", "expected file names beside it"),
+        ("model.more.weight", "model-00001-of-00002.safetensors", "lacks model.more.weight, which"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(original, tmp_path, name, file, saying):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    index["weight_map"][name] = file
+    (copy / checkpoints.INDEX).write_text(json.dumps(index))
+    refused(copy, saying=saying)
+
+
+def test_weights_in_one_file_beside_an_index_are_refused(original, checkpoint, tmp_path):
+    """The library would load the one file, and what was checked is the other."""
+    copy = shutil.copytree(original, tmp_path / "model")
+    shutil.copy(checkpoint / checkpoints.WEIGHTS, copy)
+    refused(copy, saying="holds both model.safetensors and model.safetensors.index.json")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").mkdir()
+    refused(copy, saying="holds no tokenizer.json")
+
+
+def test_an_index_without_metadata_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    index = json.loads((copy / checkpoints.INDEX).read_text())
+    (copy / checkpoints.INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    refused(copy, saying='add "metadata": {} to it')
+
+
+def test_a_tensor_without_a_place_is_refused(copy):
+    """As of a model whose projections have biases: without them it would be another one."""
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    edit_weights(copy, lambda tensors: {**tensors, bias: torch.ones(96)})
+    refused(copy, saying=f"no place for, the first {bias}")
+
+
+def test_quantised_weights_are_refused(copy):
+    name = "model.norm.weight"
+    edit_weights(copy, lambda t: {**t, name: t[name].to(torch.int8)} if name in t else t)
+    refused(copy, saying="is quantised (weights of format I8); expected weights of F16, BF16, F32")
+
+
+def test_settings_for_quantising_are_refused(copy):
+    edit_json(copy / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    refused(copy, saying="is quantised (quantization_config in config.json)")
+
+
+@pytest.mark.parametrize(
+    ("token", "saying"),
+    [
+        ("<|end|>", {"native": "has no special token <|end|>", "original": "has no special token <|end|>"}),
+        (
+            "image",
+            {"native": "image token is 519, the config's is 513", "original": "no special token <|endoftext10|>"},
+        ),
+    ],
+)
+def test_a_tokenizer_without_the_prompts_tokens_is_refused(copy, token, saying):
+    if token == "image":
+        token = IMAGE_TOKENS[copy.name]
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace(token, "<|other|>"))
+    refused(copy, saying=saying[copy.name])
+
+
+def test_a_vision_lora_among_the_weights_without_its_settings_is_refused(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "model")
+    edit_json(copy / "config.json", vision_lora={"r": 8})
+    refused(copy, saying="gives no vision_lora with r, lora_alpha and layer")
+
+
+def test_a_vision_lora_of_no_weight_is_refused(copy):
+    edit_json(copy / "config.json", vision_lora={"r": 8, "lora_alpha": 0, "layer": VISION_PATTERN})
+    if copy.name == "native":
+        edit_json(copy / "vision-lora" / "adapter_config.json", lora_alpha=0)
+    refused(copy, saying="of no effect in model.layers.0.")
+
+
+def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(copy):
+    """The library would follow it to the base model that it names."""
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}')
+    refused(copy, saying="holds an adapter_config.json of its own")
+
+
+@pytest.mark.parametrize("kind", ["one layer silent", "one tensor missing", "another size", "not finite"])
+def test_a_vision_lora_among_the_weights_that_does_not_fit_is_refused(original, tmp_path, kind):
+    change, saying = ADAPTERS[kind]
+    copy = shutil.copytree(original, tmp_path / "model")
+
+    def of_vision(tensors: dict) -> dict:
+        ours = {name for name in tensors if ".lora_" in name and ".vision." in name}
+        lora = {name.replace(".vision.", "."): tensors[name] for name in sorted(ours)}
+        rest = {name: t for name, t in tensors.items() if name not in ours}
+        return rest | {name.replace(".weight", ".vision.weight"): t for name, t in change(lora).items()}
+
+    edit_weights(copy, of_vision)
+    refused(copy, saying=saying)
