@@ -23,7 +23,7 @@ from unittest import mock
 import h5py
 import numpy as np
 
-from tests.benchmarks.runs import random_run
+from tests.helpers.runs import random_run
 from vqa_embeddings.app import merge
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.data.table import Table

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.runs import random_run
+from tests.helpers.runs import random_run
 from vqa_embeddings.app.merge_record import write_record
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.base.timings import Timings

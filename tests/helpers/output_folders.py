@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tests.helpers.published_reader import read_published
+from tests.helpers.runs import random_run
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.store.run import Run, check_run, claim_run, keep_rows, read_run, read_run_rows
+from vqa_embeddings.store.run import check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
 
 ROWS, PART_SIZE = 23, 5
@@ -39,24 +41,8 @@ def begin_run(tmp_path: Path, name: str = "q{}") -> Path:
     lines = [f"{name.format(row)},image{row // 3}.jpg,question {row},truth {row}" for row in range(ROWS)]
     table.write_text("question_id,image_id,question,answer\n" + "\n".join(lines) + "\n")
     rows = read_table(table)
-    run = Run(
-        rows=ROWS,
-        rows_sha256=rows.fingerprint(),
-        model="small",
-        revision="local",
-        model_sha256="0" * 64,
-        layout="native",
-        lora="merged",
-        dtype="float32",
-        attn_implementation="sdpa",
-        layers=LAYERS,
-        max_new_tokens=8,
-        pixel_mean=False,
-        hidden_size=8,
-        vision_size=6,
-        device="cpu",
-        versions={"torch": "2.0"},
-    )
+    run = random_run(ROWS, rows.fingerprint(), LAYERS, hidden_size=8, vision_size=6)
+    run = replace(run, model="small", max_new_tokens=8, versions={"torch": "2.0"})
     folder = tmp_path / "out"
     check_run(folder, run)
     claim_run(folder, run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks.runs import random_run
+from tests.helpers.runs import random_run
 from vqa_embeddings.app.extract import _by_picture
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import InputError

@@ -28,7 +28,7 @@ def locate(
     cache_dir: Path | None,
     example: str,
     default_revision: str,
-    unwanted: Sequence[str] = (),
+    unwanted: Sequence[str],
 ) -> tuple[Path, str]:
     """The folder of a checkpoint, and its revision.
 

@@ -13,14 +13,14 @@ WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
 def download(
-    model: str, revision: str, cache_dir: Path | None, is_whole: Callable[[Path], bool], unwanted: Sequence[str] = ()
+    model: str, revision: str, cache_dir: Path | None, is_whole: Callable[[Path], bool], unwanted: Sequence[str]
 ) -> tuple[Path, str]:
     """Find a model in a cache, or download it.
 
     Args:
-        unwanted: patterns of files that are not downloaded.
         cache_dir: the cache; None: see `choose_cache`.
         is_whole: whether a snapshot's folder has all of the model's weights.
+        unwanted: patterns of files that are not downloaded.
     Returns:
         Its folder, and its revision: a commit.
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,15 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
     Raises:
         InputError: it is not there, not whole, or of no known family.
     """
-    known = {model_type: family for family in families() for model_type in family.model_types}
-    revisions = {family.default_model: family.default_revision for family in families()}
+    there = families()
+    known = {model_type: family for family in there for model_type in family.model_types}
+    revisions = {family.default_model: family.default_revision for family in there}
     example = default_family().default_model
-    unwanted = [pattern for family in families() for pattern in family.unused_files]
+    unwanted = [pattern for family in there for pattern in family.unused_files]
     folder, revision = locate(model, revision, cache_dir, example, revisions.get(model, "main"), unwanted)
     try:
         if not (folder / CONFIG).exists():
-            for family in families():
+            for family in there:
                 family.explain_folder(folder)
             refuse_folder_of_others(folder, known)
         config = read_json(folder / CONFIG)
@@ -50,7 +50,6 @@ def find_checkpoint(model: str, revision: str | None, cache_dir: Path | None, lo
         raise InputError(f"{folder} cannot be read ({one_line(error)}); check its permissions and links") from None
 
 
-@cache
 def _import(place: str) -> ModelFamily:
     module, _, attribute = place.partition(":")
     family: ModelFamily = getattr(import_module(module), attribute)

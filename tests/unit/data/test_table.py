@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.benchmarks.runs import random_run
+from tests.helpers.runs import random_run
 from vqa_embeddings.app.launch import read_input
 from vqa_embeddings.base.files import new_csv
 from vqa_embeddings.cli.options import parse_extract

@@ -1,4 +1,4 @@
-"""Checkpoints as users have them: both layouts, the hub's cache, every number format."""
+"""Checkpoints as users have them: both layouts, the hub's cache, every number format; and those that are refused."""
 
 from __future__ import annotations
 
