@@ -13,10 +13,8 @@ class Extracted:
     """The values of one row; `row` is its position in the table, from 0."""
 
     row: int
-    vision_only: np.ndarray  # float32 [vision]
-    vision_token: np.ndarray  # float32 [layers, hidden]
-    query_token: np.ndarray  # float32 [layers, hidden]
-    extra: Mapping[str, np.ndarray]  # further vectors of its picture, float32 [n], by their names in a part
+    vectors: Mapping[str, np.ndarray]  # by their names in `schema` and those of the model's own; float32 [size], or
+    # [layers, size] of those that every layer has
     answer: str
     truncated: bool = False  # its picture is cut off, and what there is of it was shown
 
@@ -28,3 +26,16 @@ class Failed:
     row: int
     error: str
     message: str
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """The values of several rows, column by column; `rows` are positions in the table, int64 `[n]`."""
+
+    rows: np.ndarray
+    matrices: Mapping[str, np.ndarray]  # float32 [n, size], by their paths in a file
+    answers: list[str]
+    truncated: np.ndarray  # bool [n]
+
+    def __len__(self) -> int:
+        return len(self.rows)

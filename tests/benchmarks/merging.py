@@ -29,7 +29,8 @@ from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.records import Extracted
-from vqa_embeddings.store import part_writer, row_sources
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
+from vqa_embeddings.store import part_writer
 from vqa_embeddings.store import segments as shards
 from vqa_embeddings.store.run import COVERAGE_FILE, check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
@@ -146,7 +147,7 @@ def _record(random: np.random.Generator, row: int) -> Extracted:
     vision_only = random.standard_normal(VISION, np.float32)
     states = random.standard_normal((2, len(LAYERS), HIDDEN), np.float32)
     answer = f"There are {row} of them, as far as one can see."
-    return Extracted(row, vision_only, states[0], states[1], {}, answer)
+    return Extracted(row, {VISION_ONLY: vision_only, VISION_TOKEN: states[0], QUERY_TOKEN: states[1]}, answer)
 
 
 def _published_input(out: Path, rows: int) -> tuple[Table, list[Extracted]]:
@@ -163,10 +164,10 @@ def _write_published(path: Path, content: Table, records: Sequence[Extracted]) -
             group.create_dataset("question", data=content.questions[record.row])
             group.create_dataset("ground_truth_answer", data=content.truths[record.row])
             group.create_dataset("answer", data=record.answer)
-            group.create_dataset("vision_only_representation", data=record.vision_only, compression="gzip")
-            for name in ("vision_token", "query_token"):
-                layers = group.create_group(f"{name}_representation")
-                for layer, vector in zip(LAYERS, getattr(record, name), strict=True):
+            group.create_dataset("vision_only_representation", data=record.vectors[VISION_ONLY], compression="gzip")
+            for name in (VISION_TOKEN, QUERY_TOKEN):
+                layers = group.create_group(name)
+                for layer, vector in zip(LAYERS, record.vectors[name], strict=True):
                     layers.create_dataset(f"layer_{layer}", data=vector, compression="gzip")
 
 
@@ -191,7 +192,7 @@ def _stages(out: Path, part_size: int) -> dict[str, float]:
 
     stages = {
         "verify": (shards, "find_damage"),
-        "read": (row_sources, "read_records"),
+        "read": (part_writer, "read_values"),
         "write": (part_writer, "_write"),
         "hash and fsync": (part_writer, "sync_and_hash"),
     }

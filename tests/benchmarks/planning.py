@@ -29,6 +29,7 @@ from vqa_embeddings.cluster.sharding import PICTURE_COST, share_rows, split
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.data.table_warnings import find_warnings
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import plan_parts
 from vqa_embeddings.store.run import check_run, claim_run, keep_rows, read_run, read_run_rows
@@ -187,7 +188,8 @@ def _account(clock: Timings, out: Path) -> float:
 
 def _extracted(row: int) -> Extracted:
     states = np.zeros((len(LAYERS), HIDDEN), np.float32)
-    return Extracted(row, np.zeros(VISION, np.float32), states, states, {}, "yes")
+    vectors = {VISION_ONLY: np.zeros(VISION, np.float32), VISION_TOKEN: states, QUERY_TOKEN: states}
+    return Extracted(row, vectors, "yes")
 
 
 def _failed(row: int) -> Failed:

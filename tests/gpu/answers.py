@@ -24,6 +24,7 @@ from vqa_embeddings.engine.core import Engine
 from vqa_embeddings.engine.cuda_graphs import CapturedGraph, CudaGraphRunner
 from vqa_embeddings.engine.sequence import NOT_FINITE
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 
 NEVER = 1 << 60  # passes before a capture
 
@@ -96,7 +97,7 @@ def _failed(answer: Answer) -> bool:
 
 
 def _vectors(record: Extracted) -> list[np.ndarray]:
-    return [record.vision_only, *record.vision_token, *record.query_token]
+    return [record.vectors[VISION_ONLY], *record.vectors[VISION_TOKEN], *record.vectors[QUERY_TOKEN]]
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:

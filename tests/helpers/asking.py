@@ -14,6 +14,7 @@ from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.weights import load_model
 from vqa_embeddings.models.registry import find_checkpoint
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 
 TOLERANCE = 1e-4
 
@@ -44,7 +45,7 @@ def ask(
 
 def assert_equals(model: Phi4, found, wanted) -> None:
     assert found.answer == wanted.answer
-    assert strict_error(found.vision_only, wanted.vision_only) < TOLERANCE
+    assert strict_error(found.vectors[VISION_ONLY], wanted.vision_only) < TOLERANCE
     for index, layer in enumerate(model.spec.layers):
-        assert strict_error(found.vision_token[index], wanted.vision_token[layer]) < TOLERANCE
-        assert strict_error(found.query_token[index], wanted.query_token[layer]) < TOLERANCE
+        assert strict_error(found.vectors[VISION_TOKEN][index], wanted.vision_token[layer]) < TOLERANCE
+        assert strict_error(found.vectors[QUERY_TOKEN][index], wanted.query_token[layer]) < TOLERANCE

@@ -13,6 +13,7 @@ from tests.helpers.published_reader import read_published
 from tests.helpers.runs import random_run
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.records import Extracted
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 from vqa_embeddings.store.run import check_run, claim_run, keep_rows, read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter
 
@@ -24,7 +25,13 @@ PART = "phi4_multimodal_embeddings_part_{:03d}.h5"  # by number
 def record(row: int) -> Extracted:
     """Values that tell the row: no two rows of the table have one in common."""
     values = np.random.default_rng(row).standard_normal((2, 3, 8)).astype(np.float32)
-    return Extracted(row, np.full(6, row, np.float32), values[0], values[1], extra={}, answer=f"answer {row} é")
+    vectors = {VISION_ONLY: np.full(6, row, np.float32), VISION_TOKEN: values[0], QUERY_TOKEN: values[1]}
+    return Extracted(row, vectors, answer=f"answer {row} é")
+
+
+def with_vectors(one: Extracted, **vectors: np.ndarray) -> Extracted:
+    """The record with other vectors, by their short names, or with further ones."""
+    return replace(one, vectors={**one.vectors, **{f"{name}_representation": one for name, one in vectors.items()}})
 
 
 def commit(out: Path, records, interval: int = 4, rank: int = 0) -> None:
@@ -64,7 +71,7 @@ def assert_right(out: Path, rows: set[int]) -> None:
     for row in rows:
         found, wanted = read[f"q{row}"], record(row)
         assert (found["answer"], found["question"]) == (wanted.answer, f"question {row}")
-        assert (found["vision_only"] == wanted.vision_only).all()
+        assert (found["vision_only"] == wanted.vectors[VISION_ONLY]).all()
         for index, layer in enumerate(LAYERS):
-            assert (found["vision_token"][layer] == wanted.vision_token[index]).all()
-            assert (found["query_token"][layer] == wanted.query_token[index]).all()
+            assert (found["vision_token"][layer] == wanted.vectors[VISION_TOKEN][index]).all()
+            assert (found["query_token"][layer] == wanted.vectors[QUERY_TOKEN][index]).all()

@@ -26,6 +26,7 @@ from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import RowError
 from vqa_embeddings.models.registry import find_checkpoint
 from vqa_embeddings.records import Extracted
+from vqa_embeddings.schema import QUERY_TOKEN
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SHOW = DecodeOptions(show_truncated=True)
@@ -143,7 +144,7 @@ def test_rows_that_failed_on_pictures_cut_off_are_tried_again_in_the_same_folder
     assert np.array_equal(states[1], states[2]) and not np.allclose(states[0], states[2])
     # The same with a decode process, and by no choice of the run.
     (shown,) = extract_here(checkpoint, read_table(table), images)
-    assert shown.truncated and np.array_equal(shown.query_token[-1], states[0])
+    assert shown.truncated and np.array_equal(shown.vectors[QUERY_TOKEN][-1], states[0])
 
 
 def extract_here(checkpoint: Path, table: Table, images: Path) -> list[Extracted]:

@@ -30,6 +30,7 @@ from vqa_embeddings.cluster.messages import fail, say
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.errors import StorageError
 from vqa_embeddings.records import Failed
+from vqa_embeddings.schema import QUERY_TOKEN
 from vqa_embeddings.store import parts as parts_module
 from vqa_embeddings.store.run import read_run, read_run_rows
 from vqa_embeddings.store.segments import ShardWriter, read_segments
@@ -287,7 +288,7 @@ def ended_before_it_recorded(out: Path, monkeypatch: pytest.MonkeyPatch, *argume
 def flip(path: Path) -> bytes:
     """Flip a bit in a vector of the part. Returns what it was."""
     good = path.read_bytes()
-    value = record(2).query_token[1].tobytes()
+    value = record(2).vectors[QUERY_TOKEN][1].tobytes()
     place = good.index(value) + 3
     path.write_bytes(good[:place] + bytes([good[place] ^ 64]) + good[place + 1 :])
     return good

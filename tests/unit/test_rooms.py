@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "app": {"base", "data", "layers", "models", "engine", "store", "cluster", "report"},
     "cli": {"base", "data", "models", "store", "cluster", "app"},
 }
-GROUND = {"_version", "errors", "records"}  # below all rooms
+GROUND = {"_version", "errors", "records", "schema"}  # below all rooms
 FACE = "__init__"
 FAMILIES = {path.parent.name for path in (PACKAGE / "models").glob("*/__init__.py")}
 READS_ENVIRONMENT = {"base.environment", "cluster.world"}

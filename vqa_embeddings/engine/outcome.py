@@ -11,6 +11,7 @@ import torch
 from vqa_embeddings.engine.sequence import NOT_FINITE, Sequence
 from vqa_embeddings.errors import NonFiniteValues, RowError
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN, by_path
 
 Record = Extracted | Failed
 
@@ -34,10 +35,12 @@ def make_record(
     record = checked(
         Extracted(
             row=sequence.row,
-            vision_only=entry.vision_only,
-            vision_token=sequence.vision_token,
-            query_token=sequence.query_token,
-            extra=entry.image.extra,
+            vectors={
+                VISION_ONLY: entry.vision_only,
+                VISION_TOKEN: sequence.vision_token,
+                QUERY_TOKEN: sequence.query_token,
+                **entry.image.extra,
+            },
             answer=detokenize(output),
             truncated=entry.image.truncated,
         ),
@@ -62,11 +65,8 @@ def checked(record: Extracted, layers: Listed[int], remedy: str = OTHER_WEIGHTS)
         remedy: what to do about them, for the message.
     """
     try:
-        for name, vector in (("vision_only_representation", record.vision_only), *record.extra.items()):
-            _check_finite(name, vector, remedy)
-        for index, layer in enumerate(layers):
-            _check_finite(f"vision_token_representation/layer_{layer}", record.vision_token[index], remedy)
-            _check_finite(f"query_token_representation/layer_{layer}", record.query_token[index], remedy)
+        for path, vector in by_path(record.vectors, layers):
+            _check_finite(path, vector, remedy)
     except NonFiniteValues as failure:
         return failed(record.row, failure)
     return record

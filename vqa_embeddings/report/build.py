@@ -19,11 +19,12 @@ from vqa_embeddings.base.file_names import to_disk
 from vqa_embeddings.base.files import publish_text
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import one_line
-from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.records import Failed, RowValues
 from vqa_embeddings.report.agreement import OTHER, YES_NO, agrees, count_yes_no
 from vqa_embeddings.report.charts import draw_norms, draw_states, draw_throughput, project
 from vqa_embeddings.report.page import FailureGroup, Page, ShownAnswer, render
 from vqa_embeddings.report.thumbnails import make_thumbnails
+from vqa_embeddings.schema import VECTORS, Vector, path_of, short_name
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
@@ -33,7 +34,6 @@ REPORT_FILE = "report.html"
 SAMPLE, STRETCHES = 500, 20  # rows that are looked at, and in how many stretches
 SHOWN = 24  # answers that are shown
 STRIPES = 200  # of the strip that shows the coverage
-TOKENS = ("query_token", "vision_token")
 EXAMPLES = 3  # of each reason for which rows failed
 
 
@@ -41,8 +41,12 @@ EXAMPLES = 3  # of each reason for which rows failed
 class Sample:
     """Some of the extracted rows, and whether each answer agrees with its ground truth (None: there is none)."""
 
-    records: Sequence[Extracted]
+    values: RowValues
     agreement: Sequence[bool | None]
+
+    def states(self, vector: Vector, layers: Sequence[int]) -> dict[int, np.ndarray]:
+        """A vector that every layer has, float32 `[n, hidden]` by layer."""
+        return {layer: self.values.matrices[path_of(vector.name, layer)] for layer in layers}
 
 
 def write_report(
@@ -51,14 +55,14 @@ def write_report(
     coverage: Coverage,
     failures: Mapping[int, Failed],
     summary: Mapping[str, object],
-    read: Callable[[np.ndarray], list[Extracted]],
+    read: Callable[[np.ndarray], RowValues],
 ) -> None:
     """Write the report, unless the one that is there was made from the same.
 
     Args:
         failures: why rows failed, by row.
         summary: the contents of `coverage.json`.
-        read: reads the records of rows, int64 `[m]`.
+        read: reads the values of rows, int64 `[m]`.
     Raises:
         StorageError: it cannot be written.
     """
@@ -76,20 +80,21 @@ def _collect(
     failures: Mapping[int, Failed],
     summary: Mapping[str, object],
     heartbeats: Sequence[Heartbeat],
-    read: Callable[[np.ndarray], list[Extracted]],
+    read: Callable[[np.ndarray], RowValues],
 ) -> Page:
     """Read a sample of the rows, and compute all that the report shows of it and of the run."""
     run, table = catalog.run, catalog.table
-    records = read(choose_sample(np.flatnonzero(coverage.extracted)))
-    answers = [(record.answer, table.truths[record.row]) for record in records]
-    sample = Sample(records, [agrees(*pair) for pair in answers])
+    values = read(choose_sample(np.flatnonzero(coverage.extracted)))
+    truths = table.truths
+    answers = [(answer, truths[row]) for answer, row in zip(values.answers, values.rows.tolist(), strict=True)]
+    sample = Sample(values, [agrees(*pair) for pair in answers])
     charts, no_charts = _draw_charts(run, sample, heartbeats)
     counts = count_yes_no(answers)
     return Page(
         run=run,
         summary=summary,
         stripes=count_stripes(coverage),
-        sampled=len(records),
+        sampled=len(values),
         agreement=Counter(sample.agreement),
         yes_no=[[counts[truth, found] for found in (*YES_NO, OTHER)] for truth in YES_NO],
         warnings=find_broken(run, sample, table),
@@ -133,21 +138,21 @@ def group_failures(failures: Mapping[int, Failed], table: Table) -> list[Failure
 def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
     """Warnings of vectors that cannot be right: the same for different inputs, or all zero."""
     warnings: list[str] = []
-    if not sample.records:
+    if not len(sample.values):
         return warnings
-    rows = [record.row for record in sample.records]
+    rows = sample.values.rows.tolist()
     pictures = len({table.images[row] for row in rows})
     questions = len({(table.images[row], table.questions[row]) for row in rows})
-    for name, several in zip(TOKENS, (questions, pictures), strict=True):
-        for index, layer in enumerate(run.layers):
-            states = _states(sample, name, index)
-            if not states.any():
-                warnings.append(f"layer {layer}: the {name} states are all zero")
-            elif several > 1 and np.ptp(states, axis=0).max() <= 1e-6 * np.abs(states).max():
-                warnings.append(f"layer {layer}: the {name} states of {several} different inputs are all the same")
-    vectors = _vision_only(sample)
-    if pictures > 1 and np.ptp(vectors, axis=0).max() <= 1e-6 * np.abs(vectors).max():
-        warnings.append(f"vision_only: the vectors of {pictures} pictures are all the same")
+    for vector in VECTORS:
+        several = pictures if vector.per_picture else questions
+        for layer in run.layers if vector.per_layer else [None]:
+            of_layer = f"layer {layer}: " if vector.per_layer else ""
+            name = f"{of_layer}the {short_name(vector.name)} {'states' if vector.per_layer else 'vectors'}"
+            values = sample.values.matrices[path_of(vector.name, layer)]
+            if not values.any():
+                warnings.append(f"{name} are all zero")
+            elif several > 1 and np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max():
+                warnings.append(f"{name} of {several} different inputs are all the same")
     return warnings
 
 
@@ -157,48 +162,39 @@ def _draw_charts(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> t
     try:
         if heartbeats:
             charts["throughput"] = [draw_throughput(heartbeats)]
-        if not sample.records:
+        if not len(sample.values):
             return charts, None
-        layers = range(len(run.layers))
-        states = {name: [_states(sample, name, index) for index in layers] for name in TOKENS}
+        by_layer = {vector.name: sample.states(vector, run.layers) for vector in VECTORS if vector.per_layer}
         norms = {
-            name: np.stack([np.linalg.norm(layer, axis=1) for layer in by_layer]) for name, by_layer in states.items()
+            short_name(name): np.stack([np.linalg.norm(states, axis=1) for states in layers.values()])
+            for name, layers in by_layer.items()
         }
         charts["norms"] = [draw_norms(run.layers, norms)]
-        for name, by_layer in states.items():
+        for name, layers in by_layer.items():
             charts[name] = [
-                draw_states(project(layer), sample.agreement, f"layer {number}")
-                for number, layer in zip(run.layers, by_layer, strict=True)
+                draw_states(project(states), sample.agreement, f"layer {layer}") for layer, states in layers.items()
             ]
     except Exception as error:  # coverage and answers are worth having without charts
         return {}, f"matplotlib could not draw them ({one_line(error)})"
     return charts, None
 
 
-def _states(sample: Sample, name: str, index: int) -> np.ndarray:
-    return np.array([getattr(record, name)[index] for record in sample.records])
-
-
-def _vision_only(sample: Sample) -> np.ndarray:
-    return np.array([record.vision_only for record in sample.records])
-
-
 def _choose_answers(run: Run, sample: Sample, table: Table) -> list[ShownAnswer]:
     """Some rows of the sample, spread evenly over it, with thumbnails where their pictures can be read here."""
-    places = sorted({round(place) for place in np.linspace(0, len(sample.records) - 1, SHOWN) if sample.records})
-    images = {table.images[sample.records[place].row] for place in places}
+    rows = sample.values.rows.tolist()
+    places = sorted({round(place) for place in np.linspace(0, len(rows) - 1, SHOWN) if rows})
+    images = {table.images[rows[place]] for place in places}
     thumbnails = make_thumbnails(Path(to_disk(run.images_dir)), images)
     shown = []
     for place in places:
-        record = sample.records[place]
-        identity, image, question, truth = table.row(record.row)
+        identity, image, question, truth = table.row(rows[place])
         shown.append(
             ShownAnswer(
                 identity=identity,
                 image=image,
                 question=question,
                 truth=truth,
-                answer=record.answer,
+                answer=sample.values.answers[place],
                 agreement=sample.agreement[place],
                 thumbnail=thumbnails.get(image),
             )

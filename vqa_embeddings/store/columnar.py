@@ -1,103 +1,191 @@
-"""The columnar layout of a part: a matrix a layer, for those who read all rows at once.
+"""The form of segments and of columnar parts: a matrix a layer, for those who read all rows at once.
 
 /row                                            int64 [n], positions in the table, from 0, in order
-/question_id, image_id, question, ground_truth_answer, answer         UTF-8 [n]
+/question_id, image_id, …, answer               UTF-8 [n], of fixed length
 /picture_truncated                              bool [n], whether the picture is cut off; only where one is
 /vision_only_representation                     float32 [n, vision]
 /vision_token_representation/layer_<k>          float32 [n, hidden]
 /query_token_representation/layer_<k>           float32 [n, hidden]
+
+All are chunked, a chunk has whole rows, and each has a checksum of its own (Fletcher-32). Attribute `format` says which
+form it is; a file that has another one is none of this program's version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import h5py
 import numpy as np
 
-from vqa_embeddings.data.table import Table
-from vqa_embeddings.records import Extracted
-from vqa_embeddings.store.hdf5 import Groups, get_dataset
-from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import (
-    CHUNK_ROWS,
-    QUERY_TOKEN,
-    STATES,
-    VISION_ONLY,
-    VISION_TOKEN,
-    read_truncated,
-    write_truncated,
-)
+from vqa_embeddings.schema import ANSWER, TRUNCATED, VectorColumn
+from vqa_embeddings.store import chunks
+from vqa_embeddings.store.hdf5 import Groups, get_dataset, text_of
 
-TEXTS = ("question_id", "image_id", "question", "ground_truth_answer", "answer")
+FORMAT = 2
+FORMAT_ATTRIBUTE = "format"
+SEGMENT, COLUMNS = "segment", "columns"  # what the file is
+CHUNK_BYTES = 1 << 20  # what readers keep of a dataset by default (HDF5 before 2.0): a row is then read once, not often
+LONGEST_COLUMN = 16 << 20  # bytes of a text of fixed length: of all values the longest one's
+ROW = "row"
+
+# Gives the rows `[start:stop]` of a column, float32 `[stop - start, size]`.
+Slices = Callable[[int, int], np.ndarray]
 
 
-def write_rows(
-    file: h5py.File, records: Sequence[Extracted], table: Table, first: int, run: Run, compression: str
-) -> None:
-    """Write the records, of which there is one at least, as the rows of the matrices.
-
-    Args:
-        table: the rows of the part alone.
-        first: position of the first of them in the whole table.
-        compression: "none" or "gzip".
-    """
-    rows = [record.row for record in records]
-    file.create_dataset("row", data=np.array(rows, np.int64), track_times=False)
-    texts = zip(*([*table.row(record.row - first), record.answer] for record in records), strict=True)
-    for name, column in zip(TEXTS, texts, strict=True):
-        file.create_dataset(name, data=list(column), dtype=h5py.string_dtype("utf-8"), track_times=False)
-    write_truncated(file, records)
-    for name in STATES:
-        Groups().new(file.id, name)
-    packed = {"compression": "gzip", "shuffle": True} if compression == "gzip" else {}
-    for name, values in _matrices(records, run):
-        chunks = (min(CHUNK_ROWS, len(values)), values.shape[1]) if packed else None
-        file.create_dataset(name, data=values, chunks=chunks, track_times=False, **packed)
+def slices_of(matrix: np.ndarray) -> Slices:
+    """The `Slices` of a matrix in memory."""
+    return lambda start, stop: matrix[start:stop]
 
 
-def read_index(file: h5py.File, table: Table, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that a part holds, int64 `[n]` and in order, and those of them whose picture is cut off.
+class OtherFormat(Exception):
+    """A file is written in another format than this version's. The message says what is found, expected, and to do."""
+
+
+def name_format(file: h5py.File, kind: str) -> None:
+    """Write down which form the file has."""
+    file.attrs[FORMAT_ATTRIBUTE] = np.bytes_(_format_of(kind))
+
+
+def check_format(file: h5py.File, kind: str) -> None:
+    """See that a file has this form.
 
     Raises:
-        ValueError: it holds one that is not among its rows `first` to `last - 1` of the table, or one twice.
+        OtherFormat: it has another one.
     """
-    if "row" not in file:  # all rows of the part have failed
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    rows = get_dataset(file, "row")[:]
-    if len(rows) and not (first <= rows.min() and rows.max() < last and np.all(np.diff(rows) > 0)):
-        raise ValueError(f"it holds rows that are not among {first + 1} to {last}, or not in their order")
+    found = text_of(file.attrs.get(FORMAT_ATTRIBUTE, b"no format"))
+    if found != _format_of(kind):
+        raise OtherFormat(
+            f"{file.filename} is written as {found!r}, expected {_format_of(kind)!r}: use the version of this program "
+            "that wrote it, or extract into another --output-dir"
+        )
+
+
+def _format_of(kind: str) -> str:
+    return f"vqa_embeddings {kind} {FORMAT}"
+
+
+def write_columns(
+    file: h5py.File,
+    rows: np.ndarray,
+    texts: Mapping[str, Sequence[str]],
+    truncated: np.ndarray,
+    vectors: Mapping[VectorColumn, Slices],
+    compression: str = "none",
+) -> None:
+    """Write the values of rows, of which there may be none.
+
+    Args:
+        rows: int64 `[n]`, their positions in the table, in order.
+        texts: of each row, by the names of their datasets.
+        truncated: bool `[n]`, the picture is cut off.
+        vectors: what gives the rows of each.
+        compression: "none" or "gzip".
+    """
+    write_dataset(file, ROW, rows)
+    for name, values in texts.items():
+        write_text(file, name, values)
+    if truncated.any():
+        write_dataset(file, TRUNCATED, truncated)
+    for name in dict.fromkeys(column.name for column in vectors if column.layer is not None):
+        Groups().new(file.id, name)
+    for column, take in vectors.items():
+        _write_matrix(file, column, len(rows), take, compression)
+
+
+def write_dataset(parent: h5py.Group, name: str, values: np.ndarray) -> None:
+    """A dataset of values, `[n]`, with a checksum for each chunk."""
+    if not len(values):
+        parent.create_dataset(name, data=values, track_times=False)
+        return
+    rows = max(1, min(len(values), CHUNK_BYTES // values.itemsize))
+    parent.create_dataset(name, data=values, chunks=(rows,), fletcher32=True, track_times=False)
+
+
+def write_text(parent: h5py.Group, name: str, values: Sequence[str]) -> None:
+    """Texts of a fixed length, padded with NULs, or of a variable one where a long text would take room for all."""
+    encoded = [value.encode() for value in values]
+    longest = max(map(len, encoded), default=0) or 1
+    if longest * len(encoded) > LONGEST_COLUMN:
+        parent.create_dataset(name, data=list(values), dtype=h5py.string_dtype("utf-8"), track_times=False)
+        return
+    dtype = h5py.string_dtype("utf-8", longest)
+    write_dataset(parent, name, np.array(encoded, dtype))
+
+
+def _write_matrix(file: h5py.File, column: VectorColumn, count: int, take: Slices, compression: str) -> None:
+    shape = (count, column.size)
+    if not count:
+        file.create_dataset(column.path, shape, np.float32, track_times=False)
+        return
+    step = max(1, min(count, CHUNK_BYTES // (4 * column.size)))
+    filters: dict[str, Any] = {"compression": "gzip", "shuffle": True} if compression == "gzip" else {}
+    dataset = file.create_dataset(
+        column.path, shape, np.float32, chunks=(step, column.size), fletcher32=True, track_times=False, **filters
+    )
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        dataset[start:stop] = take(start, stop)
+
+
+def read_index(file: h5py.File) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that a file holds, int64 `[n]`, and those of them whose picture is cut off.
+
+    Raises:
+        ValueError: they are no row numbers, or it does not say of each row whether its picture is cut off.
+    """
+    rows = get_dataset(file, ROW)[:]
     return rows, rows[read_truncated(file, len(rows))]
 
 
-def read_rows(file: h5py.File, rows: Sequence[int], table: Table, first: int, run: Run) -> list[Extracted]:
-    """Records of a part; the arguments as those of `write_rows`."""
-    places = np.searchsorted(get_dataset(file, "row")[:], rows)
-    vision_only, answers = get_dataset(file, VISION_ONLY)[:], get_dataset(file, "answer").asstr()[:]
-    states = [
-        np.stack([get_dataset(file, f"{name}/layer_{layer}")[:] for layer in run.layers], axis=1) for name in STATES
-    ]
-    extra = {name: get_dataset(file, name)[:] for name in run.extra_vectors}
-    truncated = read_truncated(file, len(answers)).tolist()
-    return [
-        Extracted(
-            row=row,
-            vision_only=vision_only[place],
-            vision_token=states[0][place],
-            query_token=states[1][place],
-            extra={name: matrix[place] for name, matrix in extra.items()},
-            answer=answers[place],
-            truncated=truncated[place],
-        )
-        for row, place in zip(rows, places.tolist(), strict=True)
-    ]
+def read_truncated(file: h5py.File, count: int) -> np.ndarray:
+    """Which of a file's rows, of which there are so many, have a picture that is cut off: bool `[count]`.
+
+    Raises:
+        ValueError: it does not say so of each row.
+    """
+    if TRUNCATED not in file:
+        return np.zeros(count, bool)
+    flags = get_dataset(file, TRUNCATED)
+    if flags.dtype != bool or flags.shape != (count,):
+        raise ValueError(f"its {TRUNCATED} has another length, or other values, than its rows have")
+    return flags[:]
 
 
-def _matrices(records: Sequence[Extracted], run: Run) -> Iterator[tuple[str, np.ndarray]]:
-    """The vectors of all rows, each float32 `[n, size]`, by name."""
-    yield VISION_ONLY, np.stack([record.vision_only for record in records])
-    for name in run.extra_vectors:
-        yield name, np.stack([record.extra[name] for record in records])
-    for index, layer in enumerate(run.layers):
-        yield f"{VISION_TOKEN}/layer_{layer}", np.stack([record.vision_token[index] for record in records])
-        yield f"{QUERY_TOKEN}/layer_{layer}", np.stack([record.query_token[index] for record in records])
+def read_answers(file: h5py.File, places: np.ndarray) -> list[str]:
+    """The answers of the rows at these places, int64 `[m]`, one at least."""
+    first = int(places.min())
+    answers = get_dataset(file, ANSWER).asstr()[first : int(places.max()) + 1]
+    return [answers[place - first] for place in places.tolist()]
+
+
+def read_matrix(
+    file: h5py.File,
+    column: VectorColumn,
+    places: np.ndarray,
+    matrix: np.ndarray,
+    into: np.ndarray,
+    scratch: chunks.Scratch,
+) -> None:
+    """Read a vector of some rows into rows of a matrix. The checksums of the chunks that they lie in are verified.
+
+    Args:
+        places: int64 `[m]`, one at least, where in the file.
+        matrix: float32 `[n, size]`.
+        into: int64 `[m]`, where in the matrix.
+    Raises:
+        ValueError: the vectors have another length.
+        OSError: a checksum does not hold.
+    """
+    dataset = get_dataset(file, column.path)
+    if dataset.shape[1:] != (column.size,):
+        raise ValueError(f"{column.path} has vectors of the shape {dataset.shape[1:]}, expected ({column.size},)")
+    if int(places.max()) >= len(dataset):
+        raise ValueError(f"{column.path} has {len(dataset)} rows, fewer than the file has")
+    if chunks.can_read(dataset):
+        chunks.read_rows(dataset, places, matrix, into, scratch)
+        return
+    first = int(places.min())
+    stretch = dataset[first : int(places.max()) + 1]
+    matrix[chunks.as_slice(into)] = stretch[chunks.as_slice(places - first)]

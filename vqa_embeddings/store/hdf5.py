@@ -57,9 +57,20 @@ def new_memory_file() -> h5py.File:
     return h5py.File(h5f.create(_new_name(), h5f.ACC_TRUNC, fapl=access))
 
 
-def open_file(path: Path) -> h5py.File:
-    """A file to read. Without a lock: none is ever written to under this name, and some file systems have no locks."""
-    return h5py.File(path, "r", locking=False)
+@contextmanager
+def open_file(path: Path) -> Iterator[h5py.File]:
+    """A file to read. Without a lock: none is ever written to under this name, and some file systems have no locks.
+
+    h5py's own way takes four times as long.
+    """
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    access.set_file_locking(False, True)
+    file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, access)
+    try:
+        yield h5py.File(file)
+    finally:
+        file.close()
 
 
 def stamp_of(file: h5py.File) -> tuple[int, int, int]:
@@ -97,25 +108,32 @@ def get_dataset(parent: h5py.Group, name: str) -> h5py.Dataset:
         KeyError: there is none.
         ValueError: it leads to another place: what can write one file could have any other read through it.
     """
-    *groups, last = name.split("/")
-    for step in groups:
-        parent = _follow(parent, step)
-    dataset = _follow(parent, last)
-    creation = dataset.id.get_create_plist()
+    found = _follow(parent.id, name)
+    if not isinstance(found, h5d.DatasetID):
+        raise ValueError(f"{name} is no dataset")
+    creation = found.get_create_plist()
     if creation.get_layout() == h5d.VIRTUAL or creation.get_external_count():
         raise ValueError(f"{name} has its values in another file")
-    return dataset
+    return h5py.Dataset(found)
 
 
 def get_group(parent: h5py.Group, name: str) -> h5py.Group:
     """The group of this name. Raises as `get_dataset`."""
-    return _follow(parent, name)
+    found = _follow(parent.id, name)
+    if not isinstance(found, h5g.GroupID):
+        raise ValueError(f"{name} is no group")
+    return h5py.Group(found)
 
 
-def _follow(parent: h5py.Group, name: str) -> Any:
-    if parent.id.links.get_info(name.encode()).type != h5l.TYPE_HARD:
-        raise ValueError(f"{name} is a link to another place")
-    return parent[name]
+def _follow(place: Any, name: str) -> Any:
+    """What lies at a path, by no link to another place. Low-level, as every row of a part comes here."""
+    for step in name.encode().split(b"/"):
+        if not isinstance(place, h5g.GroupID):
+            raise ValueError(f"{name} lies in no group")
+        if place.links.get_info(step).type != h5l.TYPE_HARD:
+            raise ValueError(f"{name} is a link to another place")
+        place = h5o.open(place, step)
+    return place
 
 
 def text_of(attribute: object) -> str:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from vqa_embeddings.base.files import publish, sync_and_hash
 from vqa_embeddings.data.table import Table
-from vqa_embeddings.errors import StorageError
-from vqa_embeddings.records import Extracted
+from vqa_embeddings.records import RowValues
+from vqa_embeddings.schema import ANSWER, TABLE_TEXTS
+from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.hash_ledger import announce
 from vqa_embeddings.store.hdf5 import new_file
-from vqa_embeddings.store.parts import PART_LAYOUTS
-from vqa_embeddings.store.row_sources import PartRows, SegmentRows, read_source
+from vqa_embeddings.store.row_sources import Source, read_values
 from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import VISION_ONLY, VISION_TOKEN, vector_shapes, vectors_of
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,21 @@ class PartJob:
     first: int
     last: int
     size: int
-    rows: Table  # those of the part alone
-    sources: list[SegmentRows | PartRows]
+    table: Table  # the rows of the part alone
+    rows: np.ndarray  # int64 [n], those that it is to hold
+    sources: list[Source]
     run: Run
     compression: str
 
 
 def write_part(job: PartJob) -> tuple[Path, str]:
     """Write one part, or replace it, atomically. Returns where it lies, and its SHA-256 in hex."""
-    records = [record for source in job.sources for record in read_source(source, job.rows, job.first, job.run)]
-    records.sort(key=lambda record: record.row)
-    _check_sizes(records, job)
+    values = read_values(job.sources, job.run.vectors, job.rows, lambda row: job.table.ids[row - job.first])
     digest = ""
 
     def write(temporary: Path) -> None:
         nonlocal digest
-        _write(temporary, job, records)
+        _write(temporary, job, values)
         digest = sync_and_hash(temporary)
         announce(job.path, digest)
 
@@ -53,20 +51,7 @@ def write_part(job: PartJob) -> tuple[Path, str]:
     return job.path, digest
 
 
-def _check_sizes(records: Sequence[Extracted], job: PartJob) -> None:
-    expected = vector_shapes(job.run)
-    for record in records:
-        found = {name: vector.shape for name, vector in vectors_of(record).items()}
-        if found != expected:
-            further = "".join(f" and {expected[name]}" for name in job.run.extra_vectors)
-            raise StorageError(
-                f"row {record.row + 1} has vectors of shapes {', '.join(map(str, found.values()))}; expected "
-                f"{expected[VISION_ONLY]} and twice {expected[VISION_TOKEN]}{further}: its file is not this run's, "
-                "move it away, and merge again"
-            )
-
-
-def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
+def _write(path: Path, job: PartJob, values: RowValues) -> None:
     run = job.run
     with new_file(path) as file:
         attributes = {
@@ -75,7 +60,7 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
             "device": run.device,
             "dtype": run.dtype,
             "created_at": run.created_at,
-            "num_samples": len(records),
+            "num_samples": len(values),
             "revision": run.revision,
             "model_sha256": run.model_sha256,
             "layout": run.layout,
@@ -91,5 +76,16 @@ def _write(path: Path, job: PartJob, records: Sequence[Extracted]) -> None:
         }
         for name, value in attributes.items():
             file.attrs[name] = value
-        if records:
-            PART_LAYOUTS[job.layout].write_rows(file, records, job.rows, job.first, run, job.compression)
+        if job.layout == "columnar":
+            _write_columns(file, job, values)
+        elif len(values):
+            grouped.write_rows(file, values, job.table, job.first, run.vectors, job.compression == "gzip")
+
+
+def _write_columns(file: h5py.File, job: PartJob, values: RowValues) -> None:
+    columnar.name_format(file, columnar.COLUMNS)
+    texts = zip(*(job.table.row(row - job.first) for row in values.rows.tolist()), strict=True)
+    named = dict(zip(TABLE_TEXTS, texts, strict=True)) if len(values) else dict.fromkeys(TABLE_TEXTS, ())
+    vectors = {column: columnar.slices_of(values.matrices[column.path]) for column in job.run.vectors}
+    texts_of = {**named, ANSWER: values.answers}
+    columnar.write_columns(file, values.rows, texts_of, values.truncated, vectors, job.compression)

@@ -19,9 +19,8 @@ from vqa_embeddings.store.hdf5 import misread, open_file, stamp_of, text_of
 from vqa_embeddings.store.run import Run
 from vqa_embeddings.store.segments import UNUSABLE, Corrupt
 
-# How the files of each layout are named, and what writes and reads them.
+# How the files of each layout are named.
 NAMES = {"grouped": "{prefix}_embeddings_part_{number}.h5", "columnar": "{prefix}_columns_part_{number}.h5"}
-PART_LAYOUTS = {"grouped": grouped, "columnar": columnar}
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,23 @@ def read_parts(folder: Path, run: Run, table: Table) -> tuple[list[Part], list[C
     """The parts in the output folder by layout and number, and those that are damaged.
 
     Raises:
-        InputError: a file is named like a part and belongs to something else.
+        InputError: a file is named like a part and belongs to something else, or is in the form of another version.
         StorageError: the disk does not let one be read.
     """
     parts: list[Part] = []
     corrupt: list[Corrupt] = []
     known = possible_hashes(folder)
-    for layout in PART_LAYOUTS:
+    for layout in NAMES:
         for number, path in _find_parts(folder, run, layout).items():
             read = partial(_read_part, path, layout, number, run, table, path.name in known)
             try:
                 parts.append(_read_surely(read, path, known.get(path.name, set())))
             except FileNotFoundError:  # set aside by another merge at this moment
                 continue
+            except columnar.OtherFormat as other:
+                if path.name not in known or sha256(path) in known[path.name]:
+                    raise InputError(str(other)) from None
+                corrupt.append(Corrupt(path, one_line(other)))
             except UNUSABLE as error:
                 corrupt.append(Corrupt(path, one_line(error)))
     return parts, corrupt
@@ -100,5 +103,11 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
                 raise ValueError("it was this run's, and says that it is not")
             raise InputError(f"{path} belongs to another run or program; move it away, or check --output-dir")
         first, last, size = (int(file.attrs[name]) for name in ("first_row", "last_row", "part_size"))
-        rows, truncated = PART_LAYOUTS[layout].read_index(file, table, first - 1, last)
+        if layout == "grouped":
+            rows, truncated = grouped.read_index(file, table, first - 1, last)
+        else:
+            columnar.check_format(file, columnar.COLUMNS)
+            rows, truncated = columnar.read_index(file)
+            if len(rows) and not (first - 1 <= rows.min() and rows.max() < last and np.all(np.diff(rows) > 0)):
+                raise ValueError(f"it holds rows that are not among {first} to {last}, or not in their order")
         return Part(path, layout, number, first - 1, last, size, rows, truncated, stamp_of(file))

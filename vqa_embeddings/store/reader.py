@@ -9,31 +9,44 @@ one, some = e["question_7"], e[100:200].query_token(16)
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import h5py
 import numpy as np
-from h5py import h5d, h5f, h5s
 
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import InputError, StorageError, one_line
 from vqa_embeddings.records import Failed
+from vqa_embeddings.schema import (
+    ANSWER,
+    QUERY_TOKEN,
+    TABLE_TEXTS,
+    VISION_ONLY,
+    VISION_TOKEN,
+    VectorColumn,
+    short_name,
+)
 from vqa_embeddings.store.catalog import Catalog, scan
+from vqa_embeddings.store.chunks import Scratch
 from vqa_embeddings.store.coverage import Coverage
-from vqa_embeddings.store.hdf5 import get_dataset, open_file, stamp_of
+from vqa_embeddings.store.hdf5 import open_file, stamp_of
+from vqa_embeddings.store.row_sources import Source, part_source, segment_source
 from vqa_embeddings.store.run import Run, read_run, read_run_rows
-from vqa_embeddings.store.segments import QUERY_TOKEN, UNUSABLE, VISION_ONLY, VISION_TOKEN
+from vqa_embeddings.store.segments import UNUSABLE
 
 if TYPE_CHECKING:
     import pandas
     import torch
 
-QUERY, VISION = "query_token", "vision_token"
+MOST_THREADS = 8  # that read files at a time
 
 
 def open_embeddings(folder: str | Path) -> Embeddings:
@@ -56,38 +69,31 @@ def open_embeddings(folder: str | Path) -> Embeddings:
     except StorageError as failure:
         raise OSError(str(failure)) from None
     coverage = catalog.coverage()
-    extracted, left = np.flatnonzero(coverage.extracted), coverage.extracted.copy()
-    sources = []
+    absent = _Absent(folder, catalog, coverage)
+    extracted = np.flatnonzero(coverage.extracted)
+    sources = _choose_sources(catalog, coverage, extracted)
+    return Embeddings(folder, run, table, extracted, sources, absent, catalog.truncated(coverage)[extracted])
 
-    def take(path: Path, layout: str, rows: np.ndarray, places: np.ndarray, stamp: tuple[int, ...] = ()) -> None:
-        if len(rows):
-            sources.append(_Source(path, layout, rows, places, np.searchsorted(extracted, rows), stamp))
-            left[rows] = False
 
-    for part in catalog.parts:
-        if part.layout == "columnar":
-            take(part.path, "columnar", part.rows, np.arange(len(part.rows)), part.stamp)
+def _choose_sources(catalog: Catalog, coverage: Coverage, extracted: np.ndarray) -> list[Source]:
+    """For each of the rows, int64 `[n]` and in order, a file that has it: one in columns where there is one."""
+    left = coverage.extracted.copy()
+    sources: list[Source] = []
+
+    def take_parts(layout: str) -> None:
+        for part in catalog.parts:
+            if part.layout == layout and len(rows := part.rows[left[part.rows]]):
+                sources.append(part_source(part, rows, extracted))
+                left[rows] = False
+
+    take_parts("columnar")
     for number, segment in enumerate(catalog.segments):
         rows = np.unique(segment.rows[(coverage.holder[segment.rows] == number) & left[segment.rows]])
-        take(segment.path, "segment", rows, coverage.position[rows])
-    for part in catalog.parts:
-        if part.layout == "grouped":
-            rows = part.rows[left[part.rows]]
-            take(part.path, "grouped", rows, rows, part.stamp)
-    absent, truncated = _Absent(folder, catalog, coverage), catalog.truncated(coverage)[extracted]
-    return Embeddings(folder, run, table, extracted, sources, absent, truncated)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Some rows of a file: positions in the table, in the file, and among the rows asked for; all int64 `[m]`."""
-
-    path: Path
-    layout: str  # columnar, segment or grouped
-    rows: np.ndarray
-    places: np.ndarray
-    into: np.ndarray
-    stamp: tuple[int, ...]  # of a part, whose name another may take over; a segment's name is its own
+        if len(rows):
+            sources.append(segment_source(segment, coverage, rows, extracted))
+            left[rows] = False
+    take_parts("grouped")
+    return sources
 
 
 class _Absent:
@@ -139,7 +145,7 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         run: Run,
         table: Table,
         rows: np.ndarray,
-        sources: Sequence[_Source],
+        sources: Sequence[Source],
         absent: Callable[[str], str],
         truncated: np.ndarray,
     ) -> None:
@@ -178,30 +184,71 @@ class Embeddings(Mapping[str, dict[str, Any]]):
     def answers(self) -> list[str]:
         """The model's answer to each row."""
         answers: list[str] = [""] * len(self)
-        for source in self._sources:
-            for place, answer in zip(source.into.tolist(), _read_answers(source, self._table), strict=True):
+
+        def read(source: Source) -> None:
+            with _open(source) as file:
+                found = source.read_answers(file, self._table.ids.__getitem__)
+            for place, answer in zip(source.into.tolist(), found, strict=True):
                 answers[place] = answer
+
+        for source in self._sources:
+            read(source)
         return answers
 
     def query_token(self, layer: int) -> np.ndarray:
         """Outputs of a decoder layer at the last prompt token, float32 `[n, hidden]`."""
-        return self._read_matrix(QUERY_TOKEN, layer)
+        return self.vectors(QUERY_TOKEN, layer)
 
     def vision_token(self, layer: int) -> np.ndarray:
         """Outputs of a decoder layer at the last image token, float32 `[n, hidden]`."""
-        return self._read_matrix(VISION_TOKEN, layer)
+        return self.vectors(VISION_TOKEN, layer)
 
     def vision_only(self) -> np.ndarray:
         """Means of the vision tower's patch features that the projector reads, float32 `[n, vision]`."""
-        return self._read_matrix(VISION_ONLY)
+        return self.vectors(VISION_ONLY)
+
+    def vectors(self, name: str, layer: int | None = None) -> np.ndarray:
+        """Any vector of the rows, as a matrix, float32 `[n, size]`. Where segments or columnar parts have it, checked.
+
+        Args:
+            name: "query_token", "pixel_mean" and so on: that of a dataset, with or without "_representation".
+            layer: a decoder layer, for what every layer has.
+        Raises:
+            ValueError: the run does not store it, or not of this layer.
+            OSError: a file cannot be read, is damaged, or is no longer there.
+        """
+        column = self._find_column(name, layer)
+        matrix = np.empty((len(self), column.size), np.float32)
+        threads = threading.local()
+
+        def read(source: Source) -> None:
+            if not hasattr(threads, "scratch"):
+                threads.scratch = Scratch()
+            with _open(source) as file:
+                source.read_matrix(file, column, self._table.ids.__getitem__, matrix, threads.scratch)
+
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(read, self._sources))
+        return matrix
+
+    def _find_column(self, name: str, layer: int | None) -> VectorColumn:
+        named = [column for column in self.run.vectors if name in (column.name, short_name(column.name))]
+        if not named:
+            known = ", ".join(dict.fromkeys(short_name(column.name) for column in self.run.vectors))
+            raise ValueError(f"{name!r} was not extracted; {self.folder} has {known}")
+        found = next((column for column in named if column.layer == layer), None)
+        if found is None and named[0].layer is None:
+            raise ValueError(f"{name!r} has no layers, found layer {layer}")
+        if found is None:
+            raise ValueError(f"layer {layer} was not extracted; {self.folder} has the layers {self.layers}")
+        return found
 
     def table(self) -> pandas.DataFrame:
         """Ids, pictures, questions, ground truths and answers, a row each. Needs pandas."""
         import pandas
 
         rows = [self._table.row(row) for row in self._rows.tolist()]
-        columns = ["question_id", "image_id", "question", "ground_truth_answer"]
-        return pandas.DataFrame(rows, columns=columns).assign(answer=self.answers)
+        return pandas.DataFrame(rows, columns=list(TABLE_TEXTS)).assign(**{ANSWER: self.answers})
 
     @overload
     def __getitem__(self, key: str | int) -> dict[str, Any]: ...
@@ -210,8 +257,8 @@ class Embeddings(Mapping[str, dict[str, Any]]):
     def __getitem__(self, key: Any) -> dict[str, Any] | Embeddings:
         """One row by its id, or the same of some rows, by a slice of positions, a mask, or several ids.
 
-        A number is an id, not a position. One row is its texts by their names, `vision_only` float32 `[vision]`, and
-        for each layer in `query_token` and `vision_token` float32 `[hidden]`.
+        A number is an id, not a position. One row is its texts by their names and its vectors by theirs: `vision_only`
+        float32 `[vision]`, and for each layer in `query_token` and `vision_token` float32 `[hidden]`.
 
         Raises:
             KeyError: no row of this id is there, and why.
@@ -224,33 +271,34 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         place = self._find(key)
         one = self._select(np.array([place]))
         texts = self._table.row(int(self._rows[place]))
-        return {
-            **dict(zip(("question_id", "image_id", "question", "ground_truth_answer"), texts, strict=True)),
-            "answer": one.answers[0],
-            "vision_only": one.vision_only()[0],
-            QUERY: {layer: one.query_token(layer)[0] for layer in self.layers},
-            VISION: {layer: one.vision_token(layer)[0] for layer in self.layers},
-        }
+        row: dict[str, Any] = {**dict(zip(TABLE_TEXTS, texts, strict=True)), ANSWER: one.answers[0]}
+        for column in self.run.vectors:
+            vector = one.vectors(column.name, column.layer)[0]
+            if column.layer is None:
+                row[short_name(column.name)] = vector
+            else:
+                row.setdefault(short_name(column.name), {})[column.layer] = vector
+        return row
 
     def dataset(
-        self, layer: int, token: str = QUERY, target: Callable[[dict[str, str]], Any] | None = None
+        self, layer: int, token: str = "query_token", target: Callable[[dict[str, str]], Any] | None = None
     ) -> torch.utils.data.Dataset:
         """A map-style dataset of `(vector, target)` for a `torch.utils.data.DataLoader`. Needs torch.
 
         Args:
             layer: a decoder layer.
-            token: "query_token" or "vision_token".
+            token: "query_token", "vision_token", or another vector that every layer has.
             target: makes a row's texts, by the names of `table`, its target; without, the target is its `question_id`.
         """
         import torch
         from torch.utils.data import StackDataset
 
-        read = {QUERY: self.query_token, VISION: self.vision_token}
-        if token not in read:
-            raise ValueError(f"found token {token!r}; expected one of {', '.join(read)}")
+        known = dict.fromkeys(short_name(column.name) for column in self.run.vectors if column.layer is not None)
+        if token not in known:
+            raise ValueError(f"found token {token!r}; expected one of {', '.join(sorted(known))}")
         texts = self.table().to_dict("records") if target else []
         targets = [target(row) for row in texts] if target else self.ids
-        return StackDataset(torch.from_numpy(read[token](layer)), targets)
+        return StackDataset(torch.from_numpy(self.vectors(token, layer)), targets)
 
     @cached_property
     def _place_of_id(self) -> dict[str, int]:
@@ -304,28 +352,13 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         rows, truncated = self._rows[chosen], self.truncated[chosen]
         return Embeddings(self.folder, self.run, self._table, rows, sources, self._absent, truncated)
 
-    def _read_matrix(self, name: str, layer: int | None = None) -> np.ndarray:
-        if layer is not None and layer not in self.layers:
-            raise ValueError(f"layer {layer} was not extracted; {self.folder} has the layers {self.layers}")
-        matrix = np.empty((len(self), self.run.vision_size if layer is None else self.run.hidden_size), np.float32)
-        for source in self._sources:
-            with _open(source) as file:
-                if source.layout == "grouped":
-                    _read_groups(file, source, self._table, _path(name, layer), matrix)
-                elif source.layout == "columnar":
-                    _read_columns(get_dataset(file, _path(name, layer)), source, matrix)
-                else:
-                    where = () if layer is None else (self.layers.index(layer),)
-                    _read_columns(get_dataset(file, name), source, matrix, where)
-        return matrix
-
 
 def _is_id(key: object) -> TypeGuard[str | int]:
     return isinstance(key, (str, int, np.integer)) and not isinstance(key, bool)
 
 
 @contextmanager
-def _open(source: _Source) -> Iterator[h5py.File]:
+def _open(source: Source) -> Iterator[h5py.File]:
     """The file that the source was found in, to read.
 
     Raises:
@@ -346,43 +379,3 @@ def _open(source: _Source) -> Iterator[h5py.File]:
         f"{source.path} is not the file that was there when the folder was opened: a merge has been at work; "
         "open the folder again"
     )
-
-
-def _path(name: str, layer: int | None) -> str:
-    return name if layer is None else f"{name}/layer_{layer}"
-
-
-def _read_columns(dataset: h5py.Dataset, source: _Source, matrix: np.ndarray, where: tuple[int, ...] = ()) -> None:
-    """Read rows of a dataset `[rows, ..., size]` into those of a matrix; `where` chooses between the two."""
-    stretch, into = _stretch(source.places), source.into
-    chosen = (stretch, *where)
-    if np.all(np.diff(source.places) == 1) and np.all(np.diff(into) == 1):
-        dataset.read_direct(matrix, chosen, slice(into[0], into[-1] + 1))
-    else:
-        matrix[into] = dataset[chosen][source.places - stretch.start]
-
-
-def _stretch(places: np.ndarray) -> slice:
-    """All from the first to the last of these places."""
-    return slice(int(places.min()), int(places.max()) + 1)
-
-
-def _read_groups(file: h5py.File, source: _Source, table: Table, path: str, matrix: np.ndarray) -> None:
-    """Read a vector of each row's group into the rows of a matrix, in a quarter of the time that h5py's groups take."""
-    own = h5f.get_name(file.id)
-    for row, place in zip(source.rows.tolist(), source.into.tolist(), strict=True):
-        dataset = h5d.open(file.id, f"{table.ids[row]}/{path}".encode())
-        if h5f.get_name(dataset) != own or dataset.get_offset() is None:  # of another file, or not simply in this one
-            get_dataset(file, f"{table.ids[row]}/{path}")  # which says so
-        if dataset.shape != matrix.shape[1:]:
-            raise ValueError(f"row {row} has a {path} of shape {dataset.shape}, expected {matrix.shape[1:]}")
-        dataset.read(h5s.ALL, h5s.ALL, matrix[place])
-
-
-def _read_answers(source: _Source, table: Table) -> list[str]:
-    with _open(source) as file:
-        if source.layout == "grouped":
-            return [get_dataset(file, f"{table.ids[row]}/answer").asstr()[()] for row in source.rows.tolist()]
-        stretch = _stretch(source.places)
-        answers = get_dataset(file, "answer").asstr()[stretch]
-        return [answers[place - stretch.start] for place in source.places.tolist()]

@@ -2,51 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from vqa_embeddings.base.files import sha256
-from vqa_embeddings.data.table import Table
-from vqa_embeddings.records import Extracted
+from vqa_embeddings.records import RowValues
+from vqa_embeddings.schema import VectorColumn
+from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.catalog import Catalog
+from vqa_embeddings.store.chunks import Scratch
 from vqa_embeddings.store.coverage import NOBODY, Coverage
 from vqa_embeddings.store.hdf5 import open_verified
-from vqa_embeddings.store.parts import PART_LAYOUTS, Part
-from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import Segment, read_records
+from vqa_embeddings.store.parts import Part
+from vqa_embeddings.store.segments import Segment
 
 
 @dataclass(frozen=True)
-class SegmentRows:
-    """Some rows of a segment: their positions in it."""
+class Source:
+    """Some rows of a file, one at least.
+
+    Attributes:
+        grouped: it is a part in the published layout, otherwise one in columns, or a segment.
+        rows: int64 `[m]`, their positions in the table.
+        places: int64 `[m]`, where in the file's columns.
+        into: int64 `[m]`, where among the rows that were asked for.
+        stamp: of a part that another may replace under its name, what tells the two apart.
+    """
 
     path: Path
-    positions: list[int]
+    grouped: bool
+    rows: np.ndarray
+    places: np.ndarray
+    into: np.ndarray
+    stamp: tuple[int, ...] = ()
+
+    def read_matrix(
+        self, file: h5py.File, column: VectorColumn, ids: Callable[[int], str], matrix: np.ndarray, scratch: Scratch
+    ) -> None:
+        """Read a vector of the rows from the open file into those of a matrix, float32 `[n, size]`.
+
+        Args:
+            ids: gives the id of a row by its position in the table.
+        """
+        if self.grouped:
+            grouped.read_matrix(file, column, [ids(row) for row in self.rows.tolist()], matrix, self.into)
+        else:
+            columnar.read_matrix(file, column, self.places, matrix, self.into, scratch)
+
+    def read_answers(self, file: h5py.File, ids: Callable[[int], str]) -> list[str]:
+        """The answers of the rows from the open file; `ids` as for `read_matrix`."""
+        if self.grouped:
+            return grouped.read_answers(file, [ids(row) for row in self.rows.tolist()])
+        return columnar.read_answers(file, self.places)
+
+    def read_truncated(self, file: h5py.File, ids: Callable[[int], str]) -> np.ndarray:
+        """bool `[m]`, the pictures of the rows are cut off; `ids` as for `read_matrix`."""
+        if self.grouped:
+            return np.array([grouped.is_truncated(file, ids(row)) for row in self.rows.tolist()], bool)
+        return columnar.read_truncated(file, len(file[columnar.ROW]))[self.places]
 
 
-@dataclass(frozen=True)
-class PartRows:
-    """Some rows of a part that is there: their positions in the table."""
+def part_source(part: Part, rows: np.ndarray, asked: np.ndarray) -> Source:
+    """Rows of a part, int64 `[m]`, among those that were asked for; both in order."""
+    places, into = np.searchsorted(part.rows, rows), np.searchsorted(asked, rows)
+    return Source(part.path, part.layout == "grouped", rows, places, into, part.stamp)
 
-    path: Path
-    layout: str
-    rows: list[int]
+
+def segment_source(segment: Segment, coverage: Coverage, rows: np.ndarray, asked: np.ndarray) -> Source:
+    """Rows of which this segment is the holder, int64 `[m]`, among those that were asked for; both in order."""
+    return Source(segment.path, False, rows, coverage.position[rows], np.searchsorted(asked, rows))
 
 
 def find_sources(
     segments: Sequence[Segment], parts: Sequence[Part], coverage: Coverage, rows: np.ndarray
-) -> list[SegmentRows | PartRows]:
+) -> list[Source]:
     """The files from which the values of rows, int64 `[n]` and in order, are to be read.
 
     Args:
         parts: those that may be read, for rows that no segment holds.
     """
     holders = coverage.holder[rows]
-    sources: list[SegmentRows | PartRows] = [
-        SegmentRows(segments[holder].path, coverage.position[rows[holders == holder]].tolist())
+    sources = [
+        segment_source(segments[holder], coverage, rows[holders == holder], rows)
         for holder in np.unique(holders[holders != NOBODY])
     ]
     left = rows[holders == NOBODY]
@@ -57,22 +98,34 @@ def find_sources(
             continue
         taken = np.intersect1d(left, part.rows)
         if len(taken):
-            sources.append(PartRows(part.path, part.layout, taken.tolist()))
+            sources.append(part_source(part, taken, rows))
             left = np.setdiff1d(left, taken)
     return sources
 
 
-def read_source(source: SegmentRows | PartRows, table: Table, first: int, run: Run) -> list[Extracted]:
-    """The records of some rows, from a file whose hash is right.
+def read_values(
+    sources: Sequence[Source], columns: Sequence[VectorColumn], rows: np.ndarray, ids: Callable[[int], str]
+) -> RowValues:
+    """The values of rows, from files whose hash is right.
 
     Args:
-        table: has their ids.
-        first: position of its first row in the run's table.
+        sources: those of `find_sources`; what none of them has stays undefined.
+        rows: int64 `[n]`, positions in the table.
+        ids: gives the id of a row by its position.
+    Raises:
+        StorageError: a file cannot be read.
     """
-    if isinstance(source, SegmentRows):
-        return read_records(source.path, source.positions, run.extra_vectors)
-    with open_verified(source.path) as file:
-        return PART_LAYOUTS[source.layout].read_rows(file, source.rows, table, first, run)
+    count = len(rows)
+    matrices = {column.path: np.empty((count, column.size), np.float32) for column in columns}
+    answers, truncated, scratch = [""] * count, np.zeros(count, bool), Scratch()
+    for source in sources:
+        with open_verified(source.path) as file:
+            for column in columns:
+                source.read_matrix(file, column, ids, matrices[column.path], scratch)
+            truncated[source.into] = source.read_truncated(file, ids)
+            for place, answer in zip(source.into.tolist(), source.read_answers(file, ids), strict=True):
+                answers[place] = answer
+    return RowValues(rows, matrices, answers, truncated)
 
 
 @dataclass(frozen=True)
@@ -90,17 +143,20 @@ class VerifiedReader:
     recorded: dict[str, str]
     verified: set[str]
 
-    def __call__(self, rows: np.ndarray) -> list[Extracted]:
-        """The records of rows, int64 `[n]` and in order."""
-        table, run, segments = self.catalog.table, self.catalog.run, self.catalog.segments
-        stretches = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        sources = (s for some in stretches for s in find_sources(segments, self.parts, self.coverage, some))
-        return [record for s in sources if self._is_whole(s) for record in read_source(s, table, 0, run)]
+    def __call__(self, rows: np.ndarray) -> RowValues:
+        """The values of rows, int64 `[n]` and in order, less those of parts that are passed over."""
+        parts = [part for part in self.parts if self._is_whole(part, rows)]
+        sources = find_sources(self.catalog.segments, parts, self.coverage, rows)
+        there = np.sort(np.concatenate([source.rows for source in sources])) if sources else rows[:0]
+        if len(there) < len(rows):
+            return self(there)
+        return read_values(sources, self.catalog.run.vectors, rows, self.catalog.table.ids.__getitem__)
 
-    def _is_whole(self, source: SegmentRows | PartRows) -> bool:
-        name = source.path.name
-        if isinstance(source, PartRows) and name not in self.verified:
-            if sha256(source.path) != self.recorded[name]:
+    def _is_whole(self, part: Part, rows: np.ndarray) -> bool:
+        """Whether its hash is right, where rows are to be read of it."""
+        name = part.path.name
+        if name not in self.verified and np.isin(part.rows, rows[self.coverage.holder[rows] == NOBODY]).any():
+            if sha256(part.path) != self.recorded[name]:
                 return False
             self.verified.add(name)
         return True

@@ -15,6 +15,7 @@ from vqa_embeddings.base.files import publish, publish_json
 from vqa_embeddings.data.table import Table
 from vqa_embeddings.data.table_reader import read_table
 from vqa_embeddings.errors import InputError
+from vqa_embeddings.schema import VectorColumn, list_columns
 
 RUN_FILE = "run.json"
 ROWS_FILE = "rows.csv"
@@ -76,7 +77,13 @@ class Run:
     @property
     def row_bytes(self) -> int:
         """What the vectors of one row take, on the disk as in memory."""
-        return 4 * (self.vision_size + 2 * len(self.layers) * self.hidden_size + sum(self.extra_vectors.values()))
+        return 4 * sum(column.size for column in self.vectors)
+
+    @property
+    def vectors(self) -> list[VectorColumn]:
+        """The vectors that each row has, in the order in which they are stored."""
+        sizes = {"vision_size": self.vision_size, "hidden_size": self.hidden_size}
+        return list_columns(self.layers, sizes, self.extra_vectors)
 
     @property
     def key(self) -> str:

@@ -31,6 +31,7 @@ from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.errors import InputError
 from vqa_embeddings.records import Failed
+from vqa_embeddings.schema import VISION_ONLY
 from vqa_embeddings.store import part_writer
 from vqa_embeddings.store.catalog import scan
 from vqa_embeddings.store.hash_ledger import announce
@@ -395,7 +396,7 @@ def test_no_row_leaves_anything_in_the_next(out):
     read = read_published(out)
     assert [read[f"q{row}"]["answer"] for row in range(ROWS)] == answers
     for row in range(ROWS):
-        assert (read[f"q{row}"]["vision_only"] == record(row).vision_only).all()
+        assert (read[f"q{row}"]["vision_only"] == record(row).vectors[VISION_ONLY]).all()
 
 
 def test_vectors_of_another_size_are_never_written(out):
@@ -408,7 +409,8 @@ def test_vectors_of_another_size_are_never_written(out):
     segment.with_name(segment.name + ".sha256").write_text(f"{sha256(segment)}  {segment.name}\n")
     merged = merge(out)
     assert merged.returncode == 1
-    assert merged.stderr.startswith("error: row 21 has vectors of shapes (5,), (3, 8), (3, 8); expected (6,) and twice")
+    assert merged.stderr.startswith(f"error: {segment} cannot be read, though its checksum holds (vision_only")
+    assert "vision_only_representation has vectors of the shape (5,), expected (6,)" in merged.stderr
     assert merged.stderr.count("\n") == 1
     assert merge(out, "--layout", "columnar").returncode == 1
     assert not list(out.glob("*.h5*"))

@@ -29,6 +29,7 @@ from vqa_embeddings.models.phi4mm.decoder import LONGEST_PREFIX
 from vqa_embeddings.models.phi4mm.model import Phi4
 from vqa_embeddings.models.phi4mm.vision import PATCHES_AT_ONCE, needed_patches
 from vqa_embeddings.records import Extracted
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 
 BLOCKS_OF_A_SMALLER_ONE = 3
 
@@ -271,15 +272,15 @@ def test_what_the_vision_tower_leaves_out_nobody_reads(model, reference):
 
 
 def relative_difference(found: Extracted, wanted: Extracted) -> float:
-    pairs = (found.vision_token, wanted.vision_token), (found.query_token, wanted.query_token)
+    pairs = ((found.vectors[name], wanted.vectors[name]) for name in (VISION_TOKEN, QUERY_TOKEN))
     return max(strict_error(*by_layer) for pair in pairs for by_layer in zip(*pair, strict=True))
 
 
 def relative_error_of(found: Extracted, wanted, layers: list[int]) -> float:
-    pairs = [(found.vision_only, wanted.vision_only)]
+    pairs = [(found.vectors[VISION_ONLY], wanted.vision_only)]
     for index, layer in enumerate(layers):
-        pairs += [(found.vision_token[index], wanted.vision_token[layer])]
-        pairs += [(found.query_token[index], wanted.query_token[layer])]
+        pairs += [(found.vectors[VISION_TOKEN][index], wanted.vision_token[layer])]
+        pairs += [(found.vectors[QUERY_TOKEN][index], wanted.query_token[layer])]
     return max(strict_error(*pair) for pair in pairs)
 
 

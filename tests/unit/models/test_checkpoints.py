@@ -28,6 +28,7 @@ from vqa_embeddings.models.phi4mm import MODEL
 from vqa_embeddings.models.phi4mm.formats import IMAGE_TOKENS
 from vqa_embeddings.models.phi4mm.weights import _load_image_processor, load_model
 from vqa_embeddings.models.registry import find_checkpoint
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 
 
 def test_both_layouts_have_the_same_weights_and_settings(checkpoint, original):
@@ -111,8 +112,8 @@ def test_white_space_around_a_question_is_what_the_native_layout_makes_of_it(che
     asked = [(open_picture(DATA / "cat.jpg"), SPACED)]
     for found, wanted in zip(ask(other, asked), ask(native, asked), strict=True):
         assert found.answer == wanted.answer
-        for name in ("vision_only", "vision_token", "query_token"):
-            assert np.array_equal(getattr(found, name), getattr(wanted, name))
+        for name, vectors in wanted.vectors.items():
+            assert np.array_equal(found.vectors[name], vectors)
 
 
 def test_a_native_tokenizer_with_other_flags_is_followed_as_the_library_follows_it(checkpoint, tmp_path):
@@ -205,10 +206,10 @@ def test_narrow_formats_stay_close_to_the_reference_at_every_layer(checkpoint, e
         found = ask(engine, [(open_picture(DATA / image_id), [row["question"] for row in rows])])
         for row, answer in zip(rows, found, strict=True):
             wanted = expected[row["question_id"]]
-            assert cosine(answer.vision_only, wanted.vision_only) > COSINE
+            assert cosine(answer.vectors[VISION_ONLY], wanted.vision_only) > COSINE
             for index, layer in enumerate(engine.spec.layers):
-                assert cosine(answer.query_token[index], wanted.query_token[layer]) > COSINE
-                assert cosine(answer.vision_token[index], wanted.vision_token[layer]) > COSINE
+                assert cosine(answer.vectors[QUERY_TOKEN][index], wanted.query_token[layer]) > COSINE
+                assert cosine(answer.vectors[VISION_TOKEN][index], wanted.vision_token[layer]) > COSINE
 
 
 def test_merging_rounds_once(checkpoint):
@@ -269,7 +270,7 @@ def test_an_original_checkpoint_with_its_vision_lora_in_a_folder_only_is_loaded(
     picture, question = open_picture(DATA / "cat.jpg"), ["Why?"]
     [[found], [wanted]] = (ask(load(folder, tokens=TOKENS), [(picture, question)]) for folder in (copy, checkpoint))
     assert found.answer == wanted.answer
-    assert np.array_equal(found.query_token, wanted.query_token)
+    assert np.array_equal(found.vectors[QUERY_TOKEN], wanted.vectors[QUERY_TOKEN])
 
 
 # --- refused, in both layouts --------------------------------------------------------------------------------------

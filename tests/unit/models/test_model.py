@@ -27,6 +27,7 @@ from vqa_embeddings.layers.kv_cache import Capacity, KVCache, count_blocks
 from vqa_embeddings.models.phi4mm.model import LONG, PIXEL_MEAN, SHORT, Phi4, _without_added_tokens
 from vqa_embeddings.models.phi4mm.vision import patch_positions
 from vqa_embeddings.records import Extracted, Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def test_a_row_does_not_see_its_company(model):
         [alone] = ask(model, [(picture, [question])])
         assert found.answer == alone.answer
         for index in range(len(model.spec.layers)):
-            assert relative_error(found.query_token[index], alone.query_token[index]) < TOLERANCE
-            assert relative_error(found.vision_token[index], alone.vision_token[index]) < TOLERANCE
+            assert relative_error(found.vectors[QUERY_TOKEN][index], alone.vectors[QUERY_TOKEN][index]) < TOLERANCE
+            assert relative_error(found.vectors[VISION_TOKEN][index], alone.vectors[VISION_TOKEN][index]) < TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -120,7 +121,7 @@ def test_float32_is_float32_beside_values_that_dwarf_the_rest(checkpoint, tmp_pa
         wanted = reference.row(picture, question, 2)
         assert_equals(model, found, wanted)
         for index, layer in enumerate(model.spec.layers[:-1]):
-            expected, moved = wanted.query_token[layer], found.query_token[index].copy()
+            expected, moved = wanted.query_token[layer], found.vectors[QUERY_TOKEN][index].copy()
             assert np.abs(expected).max() > 20 * np.sort(np.abs(expected))[-2], "no value dwarfs the rest"
             moved[7] += 0.2
             assert relative_error(moved, expected) < TOLERANCE < strict_error(moved, expected)
@@ -202,7 +203,9 @@ def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
     weight, image_token = model.decoder._head.weight.data, model._image_token
     before = weight[image_token].clone()
     try:
-        weight[image_token] = 10 * torch.from_numpy(found.query_token[-1])  # it would win the first step by far
+        weight[image_token] = 10 * torch.from_numpy(
+            found.vectors[QUERY_TOKEN][-1]
+        )  # it would win the first step by far
         ask(model, [(picture, ["Why?"])])
         monkeypatch.setattr(model, "spec", replace(model.spec, suppressed_tokens=[]))
         ask(model, [(picture, ["Why?"])])
@@ -214,7 +217,7 @@ def test_image_and_audio_tokens_are_never_chosen(model, monkeypatch):
 
 def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
     [found] = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?"])])
-    found.query_token[2, 5] = np.inf
+    found.vectors[QUERY_TOKEN][2, 5] = np.inf
     record = checked(found, model.spec.layers)
     assert isinstance(record, Failed)
     assert (record.row, record.error) == (found.row, "NonFiniteValues")
@@ -224,7 +227,7 @@ def test_a_state_that_is_not_finite_fails_its_row_and_names_the_layer(model):
 def test_a_further_vector_that_is_not_finite_fails_its_row_too(model):
     [found] = ask(model, [(open_picture(DATA / "cat.jpg"), ["Why?"])])
     assert isinstance(checked(found, model.spec.layers), Extracted)
-    found.extra[PIXEL_MEAN][3] = np.nan
+    found.vectors[PIXEL_MEAN][3] = np.nan
     record = checked(found, model.spec.layers)
     assert isinstance(record, Failed) and f"{PIXEL_MEAN} holds 1 values" in record.message
 
@@ -290,8 +293,8 @@ def test_logits_that_are_not_finite_fail_their_row_at_that_token_and_no_other(mo
             assert f"the logits of token {place + 2} of the answer" in found.message
         else:
             assert found.answer == wanted.answer
-            for name in ("vision_only", "vision_token", "query_token"):
-                assert np.array_equal(getattr(found, name), getattr(wanted, name))
+            for name, vectors in wanted.vectors.items():
+                assert np.array_equal(found.vectors[name], vectors)
 
 
 def test_a_patch_has_the_position_that_the_library_gives_it_in_float32():

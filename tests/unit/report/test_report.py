@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers.launching import ROOT, merge, run
-from tests.helpers.output_folders import PART_SIZE, ROWS, begin_run, commit, contents, record
+from tests.helpers.output_folders import PART_SIZE, ROWS, begin_run, commit, contents, record, with_vectors
 from vqa_embeddings.app.demo import DATA
 from vqa_embeddings.records import Failed
 from vqa_embeddings.report.build import SAMPLE, choose_sample, count_stripes
@@ -73,9 +72,9 @@ def broken(layer: int, states: str) -> list:
     records = []
     for row in range(ROWS):
         one = record(row)
-        values = getattr(one, states).copy()
+        values = one.vectors[f"{states}_representation"].copy()
         values[layer] = 0 if states == "query_token" else 3
-        records.append(replace(one, **{states: values}))
+        records.append(with_vectors(one, **{states: values}))
     return records
 
 

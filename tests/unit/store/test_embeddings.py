@@ -18,6 +18,7 @@ from vqa_embeddings import open_embeddings
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.cli.options import parse_merge
 from vqa_embeddings.records import Failed
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY, VISION_TOKEN
 
 COLUMNS = "phi4_multimodal_columns_part_{:03d}.h5"
 
@@ -43,18 +44,18 @@ def assert_all_right(out: Path, rows: list[int]) -> None:
     assert e.answers == [one.answer for one in wanted]
     for index, layer in enumerate(LAYERS):
         for found, values in (
-            (e.query_token(layer), [one.query_token[index] for one in wanted]),
-            (e.vision_token(layer), [one.vision_token[index] for one in wanted]),
+            (e.query_token(layer), [one.vectors[QUERY_TOKEN][index] for one in wanted]),
+            (e.vision_token(layer), [one.vectors[VISION_TOKEN][index] for one in wanted]),
         ):
             assert found.dtype == np.float32 and np.array_equal(found, np.stack(values))
-    assert np.array_equal(e.vision_only(), np.stack([one.vision_only for one in wanted]))
+    assert np.array_equal(e.vision_only(), np.stack([one.vectors[VISION_ONLY] for one in wanted]))
     table = e.table()
     assert list(table) == ["question_id", "image_id", "question", "ground_truth_answer", "answer"]
     assert table["question"].tolist() == [f"question {row}" for row in rows]
     one = e[f"q{rows[-1]}"]
     assert (one["answer"], one["image_id"]) == (wanted[-1].answer, f"image{rows[-1] // 3}.jpg")
-    assert np.array_equal(one["query_token"][LAYERS[1]], wanted[-1].query_token[1])
-    assert np.array_equal(one["vision_token"][LAYERS[2]], wanted[-1].vision_token[2])
+    assert np.array_equal(one["query_token"][LAYERS[1]], wanted[-1].vectors[QUERY_TOKEN][1])
+    assert np.array_equal(one["vision_token"][LAYERS[2]], wanted[-1].vectors[VISION_TOKEN][2])
 
 
 ORDER = [*range(1, ROWS, 2), *range(0, ROWS, 2)]

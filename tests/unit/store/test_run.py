@@ -10,8 +10,8 @@ import pytest
 
 from tests.helpers.output_folders import begin_run, commit, record
 from vqa_embeddings.errors import InputError
+from vqa_embeddings.schema import QUERY_TOKEN, VISION_ONLY
 from vqa_embeddings.store.run import check_run, known_columns, read_run
-from vqa_embeddings.store.segments import QUERY_TOKEN, VISION_ONLY
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "7", "{}", "{"])
@@ -44,9 +44,9 @@ def test_a_launch_that_would_store_other_further_vectors_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"vision_only": np.zeros(1, np.float32)}, VISION_ONLY),
-        ({"query_token": np.zeros((1, 8), np.float32)}, QUERY_TOKEN),
-        ({"extra": {"depth": np.zeros(1, np.float32)}}, "depth"),
+        ({VISION_ONLY: np.zeros(1, np.float32)}, VISION_ONLY),
+        ({QUERY_TOKEN: np.zeros((1, 8), np.float32)}, QUERY_TOKEN),
+        ({"depth": np.zeros(1, np.float32)}, "depth"),
     ],
 )
 def test_a_vector_of_another_length_is_an_error_and_is_not_stretched(tmp_path, changes, name):
@@ -54,6 +54,6 @@ def test_a_vector_of_another_length_is_an_error_and_is_not_stretched(tmp_path, c
     out = begin_run(tmp_path)
     values = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**values, "extra_vectors": {"depth": 4}}))
-    right = replace(record(0), extra={"depth": np.zeros(4, np.float32)})
+    right = replace(record(0), vectors={**record(0).vectors, "depth": np.zeros(4, np.float32)})
     with pytest.raises(ValueError, match=f"{name} of row 2 has shape"):
-        commit(out, [right, replace(right, row=1, **changes)])
+        commit(out, [right, replace(right, row=1, vectors={**right.vectors, **changes})])
