@@ -58,6 +58,11 @@ def path_of(name: str, layer: int | None = None) -> str:
     return name if layer is None else f"{name}/layer_{layer}"
 
 
+def find(name: str) -> Vector | None:
+    """The vector of this name; None where it is a model's own."""
+    return next((vector for vector in VECTORS if vector.name == name), None)
+
+
 def short_name(name: str) -> str:
     """What people call a vector: "query_token"."""
     return name.removesuffix(SUFFIX)

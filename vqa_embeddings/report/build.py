@@ -24,7 +24,7 @@ from vqa_embeddings.report.agreement import OTHER, YES_NO, agrees, count_yes_no
 from vqa_embeddings.report.charts import draw_norms, draw_states, draw_throughput, project
 from vqa_embeddings.report.page import FailureGroup, Page, ShownAnswer, render
 from vqa_embeddings.report.thumbnails import make_thumbnails
-from vqa_embeddings.schema import VECTORS, Vector, path_of, short_name
+from vqa_embeddings.schema import find, short_name
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
@@ -43,10 +43,6 @@ class Sample:
 
     values: RowValues
     agreement: Sequence[bool | None]
-
-    def states(self, vector: Vector, layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """A vector that every layer has, float32 `[n, hidden]` by layer."""
-        return {layer: self.values.matrices[path_of(vector.name, layer)] for layer in layers}
 
 
 def write_report(
@@ -143,16 +139,17 @@ def find_broken(run: Run, sample: Sample, table: Table) -> list[str]:
     rows = sample.values.rows.tolist()
     pictures = len({table.images[row] for row in rows})
     questions = len({(table.images[row], table.questions[row]) for row in rows})
-    for vector in VECTORS:
-        several = pictures if vector.per_picture else questions
-        for layer in run.layers if vector.per_layer else [None]:
-            of_layer = f"layer {layer}: " if vector.per_layer else ""
-            name = f"{of_layer}the {short_name(vector.name)} {'states' if vector.per_layer else 'vectors'}"
-            values = sample.values.matrices[path_of(vector.name, layer)]
-            if not values.any():
-                warnings.append(f"{name} are all zero")
-            elif several > 1 and np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max():
-                warnings.append(f"{name} of {several} different inputs are all the same")
+    for column in run.vectors:
+        vector = find(column.name)
+        several = pictures if vector is None or vector.per_picture else questions
+        name = f"the {short_name(column.name)} vectors"
+        if column.layer is not None:
+            name = f"layer {column.layer}: the {short_name(column.name)} states"
+        values = sample.values.matrices[column.path]
+        if not values.any():
+            warnings.append(f"{name} are all zero")
+        elif several > 1 and np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max():
+            warnings.append(f"{name} of {several} different inputs are all the same")
     return warnings
 
 
@@ -164,16 +161,15 @@ def _draw_charts(run: Run, sample: Sample, heartbeats: Sequence[Heartbeat]) -> t
             charts["throughput"] = [draw_throughput(heartbeats)]
         if not len(sample.values):
             return charts, None
-        by_layer = {vector.name: sample.states(vector, run.layers) for vector in VECTORS if vector.per_layer}
-        norms = {
-            short_name(name): np.stack([np.linalg.norm(states, axis=1) for states in layers.values()])
-            for name, layers in by_layer.items()
-        }
-        charts["norms"] = [draw_norms(run.layers, norms)]
-        for name, layers in by_layer.items():
-            charts[name] = [
-                draw_states(project(states), sample.agreement, f"layer {layer}") for layer, states in layers.items()
-            ]
+        norms: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+        for column in run.vectors:
+            if column.layer is None:
+                continue
+            states = sample.values.matrices[column.path]
+            norms[short_name(column.name)].append(np.linalg.norm(states, axis=1))
+            maps = charts.setdefault(column.name, [])
+            maps.append(draw_states(project(states), sample.agreement, f"layer {column.layer}"))
+        charts["norms"] = [draw_norms(run.layers, {name: np.stack(layers) for name, layers in norms.items()})]
     except Exception as error:  # coverage and answers are worth having without charts
         return {}, f"matplotlib could not draw them ({one_line(error)})"
     return charts, None

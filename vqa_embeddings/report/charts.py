@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Told apart by people who see few colours, and in print: by whether answer and truth agree (no truth: None).
 COLOURS = {True: "#0072b2", False: "#d55e00", None: "#999999"}
+LINES = ("#009e73", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # one for each vector
 MARKERS = {True: "o", False: "^", None: "s"}
 BINS = 60  # of the time that a launch took
 
@@ -46,7 +48,7 @@ def draw_norms(layers: Sequence[int], norms: dict[str, np.ndarray]) -> str:
         norms: float `[layers, n]` by name.
     """
     figure, axes = _figure(6.4, 2.8)
-    for (name, values), colour in zip(norms.items(), ("#0072b2", "#009e73"), strict=True):
+    for (name, values), colour in zip(norms.items(), cycle(LINES), strict=False):
         low, middle, high = np.percentile(values, [5, 50, 95], axis=1)
         axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(layers, middle, "o-", color=colour, label=name, markersize=4)

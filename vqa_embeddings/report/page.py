@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vqa_embeddings.report.agreement import OTHER, YES_NO
-from vqa_embeddings.schema import VECTORS, Vector
+from vqa_embeddings.schema import find
 from vqa_embeddings.store.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -125,9 +125,11 @@ class Page:
                     yield Bar(number, top, share, colour)
                 top += share
 
-    def maps(self) -> Iterator[Vector]:
-        """The vectors whose states are drawn, layer by layer."""
-        return (vector for vector in VECTORS if vector.name in self.charts)
+    def maps(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """Of each vector whose states are drawn, what it belongs to, and a chart for each layer."""
+        for name, charts in self.charts.items():
+            if vector := find(name):
+                yield vector.place, charts
 
     def yes_no_rows(self) -> Iterable[tuple[str, Sequence[int]]]:
         """For each truth, how often the answers were yes, no, and something else."""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
-MOST_THREADS = 8  # that read files at a time
+MOST_THREADS = 4  # that read files at a time: more would wait for each other more than they read
 
 
 def open_embeddings(folder: str | Path) -> Embeddings:
@@ -184,15 +184,11 @@ class Embeddings(Mapping[str, dict[str, Any]]):
     def answers(self) -> list[str]:
         """The model's answer to each row."""
         answers: list[str] = [""] * len(self)
-
-        def read(source: Source) -> None:
+        for source in self._sources:
             with _open(source) as file:
                 found = source.read_answers(file, self._table.ids.__getitem__)
             for place, answer in zip(source.into.tolist(), found, strict=True):
                 answers[place] = answer
-
-        for source in self._sources:
-            read(source)
         return answers
 
     def query_token(self, layer: int) -> np.ndarray:
@@ -227,8 +223,11 @@ class Embeddings(Mapping[str, dict[str, Any]]):
             with _open(source) as file:
                 source.read_matrix(file, column, self._table.ids.__getitem__, matrix, threads.scratch)
 
+        by_group = [source for source in self._sources if source.grouped]  # which HDF5 reads, one at a time
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            list(pool.map(read, self._sources))
+            list(pool.map(read, [source for source in self._sources if not source.grouped]))
+        for source in by_group:
+            read(source)
         return matrix
 
     def _find_column(self, name: str, layer: int | None) -> VectorColumn:
