@@ -95,13 +95,19 @@ def write_columns(
         _write_matrix(file, column, len(rows), take, compression)
 
 
+def choose_chunk(count: int, row_bytes: int) -> int:
+    """How many of so many rows a chunk has: all chunks the same, as the last one takes the room of a whole one."""
+    most = max(1, CHUNK_BYTES // row_bytes)
+    return -(-count // -(-count // most))
+
+
 def write_dataset(parent: h5py.Group, name: str, values: np.ndarray) -> None:
     """A dataset of values, `[n]`, with a checksum for each chunk."""
     if not len(values):
         parent.create_dataset(name, data=values, track_times=False)
         return
-    rows = max(1, min(len(values), CHUNK_BYTES // values.itemsize))
-    parent.create_dataset(name, data=values, chunks=(rows,), fletcher32=True, track_times=False)
+    chunk = choose_chunk(len(values), values.itemsize)
+    parent.create_dataset(name, data=values, chunks=(chunk,), fletcher32=True, track_times=False)
 
 
 def write_text(parent: h5py.Group, name: str, values: Sequence[str]) -> None:
@@ -120,7 +126,7 @@ def _write_matrix(file: h5py.File, column: VectorColumn, count: int, take: Slice
     if not count:
         file.create_dataset(column.path, shape, np.float32, track_times=False)
         return
-    step = max(1, min(count, CHUNK_BYTES // (4 * column.size)))
+    step = choose_chunk(count, 4 * column.size)
     filters: dict[str, Any] = {"compression": "gzip", "shuffle": True} if compression == "gzip" else {}
     dataset = file.create_dataset(
         column.path, shape, np.float32, chunks=(step, column.size), fletcher32=True, track_times=False, **filters

@@ -22,7 +22,8 @@ class RowBuffer:
     BLOCK = 1000  # rows
 
     def __init__(self, run: Run) -> None:
-        self._run, self._columns = run, run.vectors
+        self._layers, self._columns = run.layers, run.vectors
+        self._shapes = shapes_of(self._columns)
         self._blocks: list[dict[str, np.ndarray]] = []  # by path, float32 [BLOCK, size]
         self._records: list[tuple[int, str, bool]] = []  # row, answer, whether its picture is cut off
         self.failed: list[Failed] = []
@@ -44,13 +45,13 @@ class RowBuffer:
             sizes = ((column.path, column.size) for column in self._columns)
             self._blocks.append({path: np.empty((self.BLOCK, size), np.float32) for path, size in sizes})
         self._check(record)
-        for path, values in by_path(record.vectors, self._run.layers):
+        for path, values in by_path(record.vectors, self._layers):
             if path in self._blocks[block]:
                 self._blocks[block][path][place] = values
         self._records.append((record.row, record.answer, record.truncated))
 
     def _check(self, record: Extracted) -> None:
-        for name, expected in shapes_of(self._columns).items():
+        for name, expected in self._shapes.items():
             found = record.vectors[name].shape if name in record.vectors else None
             if found != expected:  # which numpy might stretch without a word
                 raise ValueError(f"{name} of row {record.row + 1} has shape {found}; expected {expected}")

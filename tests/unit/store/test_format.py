@@ -73,6 +73,11 @@ def test_every_dataset_has_chunks_of_whole_rows_with_a_checksum_and_text_of_fixe
         assert file["answer"].asstr()[5] == record(5).answer
 
 
+def test_chunks_share_the_rows_evenly():
+    assert [columnar.choose_chunk(count, 4 * 3072) for count in (1, 85, 86, 1000)] == [1, 85, 43, 84]
+    assert columnar.choose_chunk(3, 2 << 20) == 1 and columnar.choose_chunk(10, 8) == 10
+
+
 def test_a_long_text_costs_the_others_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(columnar, "LONGEST_COLUMN", 1000)
     out = begin_run(tmp_path)
