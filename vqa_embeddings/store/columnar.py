@@ -139,16 +139,6 @@ def _write_matrix(file: h5py.File, column: VectorColumn, count: int, take: Slice
     dataset.attrs[chunks.CHUNK_SUMS] = np.array(sums, np.uint64)
 
 
-def read_index(file: h5py.File) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that a file holds, int64 `[n]`, and those of them whose picture is cut off.
-
-    Raises:
-        ValueError: they are no row numbers, or it does not say of each row whether its picture is cut off.
-    """
-    rows = get_dataset(file, ROW)[:]
-    return rows, rows[read_truncated(file, len(rows))]
-
-
 def read_truncated(file: h5py.File, count: int) -> np.ndarray:
     """Which of a file's rows, of which there are so many, have a picture that is cut off: bool `[count]`.
 

@@ -223,11 +223,12 @@ class Embeddings(Mapping[str, dict[str, Any]]):
             with _open(source) as file:
                 source.read_matrix(file, column, self._table.ids.__getitem__, matrix, threads.scratch)
 
-        by_group = [source for source in self._sources if source.grouped]  # which HDF5 reads, one at a time
+        in_columns = [source for source in self._sources if not source.grouped]
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            list(pool.map(read, [source for source in self._sources if not source.grouped]))
-        for source in by_group:
-            read(source)
+            list((pool.map if len(in_columns) > 1 else map)(read, in_columns))
+        for source in self._sources:
+            if source.grouped:  # HDF5 reads one at a time
+                read(source)
         return matrix
 
     def _find_column(self, name: str, layer: int | None) -> VectorColumn:

@@ -145,17 +145,17 @@ class VerifiedReader:
 
     def __call__(self, rows: np.ndarray) -> RowValues:
         """The values of rows, int64 `[n]` and in order, less those of parts that are passed over."""
-        parts = [part for part in self.parts if self._is_whole(part, rows)]
+        held = self.coverage.holder[rows] != NOBODY
+        in_parts = rows[~held]
+        parts = [part for part in self.parts if np.isin(in_parts, part.rows).any() and self._is_whole(part)]
+        readable = held | np.isin(rows, np.concatenate([part.rows for part in parts] or [rows[:0]]))
+        rows = rows[readable]
         sources = find_sources(self.catalog.segments, parts, self.coverage, rows)
-        there = np.sort(np.concatenate([source.rows for source in sources])) if sources else rows[:0]
-        if len(there) < len(rows):
-            return self(there)
         return read_values(sources, self.catalog.run.vectors, rows, self.catalog.table.ids.__getitem__)
 
-    def _is_whole(self, part: Part, rows: np.ndarray) -> bool:
-        """Whether its hash is right, where rows are to be read of it."""
+    def _is_whole(self, part: Part) -> bool:
         name = part.path.name
-        if name not in self.verified and np.isin(part.rows, rows[self.coverage.holder[rows] == NOBODY]).any():
+        if name not in self.verified:
             if sha256(part.path) != self.recorded[name]:
                 return False
             self.verified.add(name)

@@ -257,8 +257,8 @@ def _read_index(path: Path, run: Run) -> Segment:
         columns = get_dataset(file, ROW), get_dataset(file, f"{FAILED}/{ROW}")
         if any(column.dtype.kind != "i" or column.ndim != 1 or len(column) > run.rows for column in columns):
             raise ValueError("its row numbers are none")
-        rows, truncated = columnar.read_index(file)
-        failed = columns[1][:]
+        rows, failed = (column[:] for column in columns)
+        truncated = rows[columnar.read_truncated(file, len(rows))]
     for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:
             raise ValueError("it is about rows that the table has not")
