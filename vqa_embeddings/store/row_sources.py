@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from vqa_embeddings.base.files import sha256
+from vqa_embeddings.errors import SAME_COMMAND, StorageError
 from vqa_embeddings.records import RowValues
 from vqa_embeddings.schema import VectorColumn
 from vqa_embeddings.store import columnar, grouped
@@ -109,13 +110,14 @@ def read_values(
     """The values of rows, from files whose hash is right.
 
     Args:
-        sources: those of `find_sources`; what none of them has stays undefined.
+        sources: those of `find_sources`.
         rows: int64 `[n]`, positions in the table.
         ids: gives the id of a row by its position.
     Raises:
-        StorageError: a file cannot be read.
+        StorageError: a file cannot be read, or none has one of the rows.
     """
     count = len(rows)
+    _check_covered(sources, rows)
     matrices = {column.path: np.empty((count, column.size), np.float32) for column in columns}
     answers, truncated, scratch = [""] * count, np.zeros(count, bool), Scratch()
     for source in sources:
@@ -126,6 +128,15 @@ def read_values(
             for place, answer in zip(source.into.tolist(), source.read_answers(file, ids), strict=True):
                 answers[place] = answer
     return RowValues(rows, matrices, answers, truncated)
+
+
+def _check_covered(sources: Sequence[Source], rows: np.ndarray) -> None:
+    """What no file has would be whatever lay in the memory before."""
+    found = np.zeros(len(rows), bool)
+    for source in sources:
+        found[source.into] = True
+    if not found.all():
+        raise StorageError(f"row {rows[~found][0] + 1} is no longer in the files that had it: {SAME_COMMAND}")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from tests.helpers.launching import command, merge, run
 from tests.helpers.output_folders import LAYERS, PART_SIZE, ROWS, begin_run, commit, contents, record
 from vqa_embeddings import open_embeddings
 from vqa_embeddings.base.files import sha256
-from vqa_embeddings.errors import InputError
+from vqa_embeddings.errors import InputError, StorageError
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store import columnar, segments
+from vqa_embeddings.store.catalog import scan
+from vqa_embeddings.store.row_sources import find_sources, read_values
 from vqa_embeddings.store.run import read_run, read_run_rows
 from vqa_embeddings.store.segments import LARGEST, ShardWriter, choose_length, read_segments
 
@@ -175,3 +177,16 @@ def test_a_segment_is_committed_when_it_has_512_mb(tmp_path, monkeypatch):
         assert shard.committed >= 5, "the rows before were not committed on their way"
     assert [len(segment.rows) for segment in read_segments(out, run_, verify=None)[0]] == [5, 5, 2]
     assert merge(out, "--part-size", PART_SIZE).returncode == 3
+
+
+def test_rows_that_no_file_has_are_never_made_up(out):
+    run_, rows = read_run(out), np.arange(ROWS - 1)
+    catalog = scan(out, run_, read_run_rows(out, run_))
+    sources = find_sources(catalog.segments, [], catalog.coverage(), rows)
+    ids = catalog.table.ids.__getitem__
+    assert read_values(sources, run_.vectors, rows, ids).answers == [record(row).answer for row in range(ROWS - 1)]
+    fewer = [
+        replace(source, rows=source.rows[1:], places=source.places[1:], into=source.into[1:]) for source in sources
+    ]
+    with pytest.raises(StorageError, match="row 1 is no longer in the files that had it: the same command continues"):
+        read_values(fewer, run_.vectors, rows, ids)
