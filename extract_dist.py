@@ -123,7 +123,8 @@ def extract_rows(
     run, interval = setup.run, options.checkpoint_interval
     shard = ShardWriter(options.output_dir, launch_name, world.rank, run, setup.table, interval)
     try:
-        with shard, Progress(world, options.output_dir, launch_name, len(rows), assignment.slice_pending) as bar:
+        of_all = assignment.slice_pending
+        with shard, Progress(world, options.output_dir, launch_name, len(rows), of_all, setup.device) as bar:
             for finished in nan_guard.release(records):
                 with timings("waiting for the disk"):
                     shard.add(finished)

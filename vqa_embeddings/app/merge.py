@@ -23,6 +23,7 @@ from vqa_embeddings.data.table import select
 from vqa_embeddings.report.build import write_report
 from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.coverage import KEEP, WRITE, Coverage, PartPlan
+from vqa_embeddings.store.device_figures import sum_up_devices
 from vqa_embeddings.store.hash_ledger import withdraw
 from vqa_embeddings.store.heartbeat import describe_shards, read_heartbeats
 from vqa_embeddings.store.part_writer import PartJob, write_part
@@ -116,7 +117,8 @@ def _write_parts(options: MergeOptions, findings: Findings, workers: ProcessPool
     parts = _parts_now(options, catalog, coverage, findings.plans)
     entries = [describe_part(part, hashes.get(part.path.name)) for part in parts]
     truncated, failures = int(catalog.truncated(coverage).sum()), catalog.failures(coverage.failed)
-    summary = write_record(folder, coverage, truncated, catalog.corrupt, entries, failures)
+    devices = sum_up_devices(read_heartbeats(folder))
+    summary = write_record(folder, coverage, truncated, catalog.corrupt, entries, failures, devices)
     withdraw([part.path for part in parts], entries)
     recorded = {entry["file"]: entry["sha256"] for entry in entries}
     read = VerifiedReader(catalog, coverage, parts, recorded, set(verified))

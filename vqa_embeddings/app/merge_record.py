@@ -44,6 +44,7 @@ def write_record(
     corrupt: Iterable[Corrupt],
     parts: Sequence[Mapping[str, Any]],
     failures: Mapping[int, Failed],
+    devices: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the lists of rows and `coverage.json`, and return what that says.
 
@@ -52,6 +53,7 @@ def write_record(
         corrupt: files that were not used.
         parts: as `describe_part` has them.
         failures: why rows failed, by row.
+        devices: as `sum_up_devices` has them.
     """
     _list_rows(folder, coverage, failures)
     summary = {
@@ -65,6 +67,7 @@ def write_record(
             {"path": from_disk(damaged.path.relative_to(folder)), "reason": damaged.reason} for damaged in corrupt
         ],
         "parts": parts,
+        "devices": devices,
     }
     publish_json(folder / COVERAGE_FILE, summary)
     return summary

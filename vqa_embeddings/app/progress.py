@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vqa_embeddings.cluster.world import World
+from vqa_embeddings.layers.device import Device, peak_memory
 from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.store.heartbeat import HEARTBEAT_FILE, WRITE_SECONDS, HeartbeatWriter, read_latest
 from vqa_embeddings.store.run import shard_folder
@@ -27,7 +29,9 @@ RANKS_A_SECOND = 20  # whose heartbeats the main rank reads for the bar
 class Progress:
     """Counts the rows of this rank and writes them into its heartbeat; at the main rank it shows those of all ranks."""
 
-    def __init__(self, world: World, folder: Path, launch: str, rows: int, rows_of_all_ranks: int) -> None:
+    def __init__(
+        self, world: World, folder: Path, launch: str, rows: int, rows_of_all_ranks: int, device: Device
+    ) -> None:
         """Begin with nothing done.
 
         Args:
@@ -35,9 +39,12 @@ class Progress:
             launch: name of the launch.
             rows: how many this rank is to do.
             rows_of_all_ranks: how many all ranks of the launch are to do.
+            device: what this rank computes on.
         """
         self._done = self._failed = 0
-        self._heartbeat = HeartbeatWriter(folder, launch, world.rank, rows)
+        self._heartbeat = HeartbeatWriter(
+            folder, launch, world.rank, rows, device.description, partial(peak_memory, device.name)
+        )
         together = world.size > 1 and world.can_agree
         self._bar = _Bar(rows_of_all_ranks if together else rows) if world.main else None
         others = [rank for rank in range(world.size) if rank != world.rank] if together and world.main else []

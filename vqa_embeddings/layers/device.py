@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -234,6 +236,20 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_memory(name: str) -> int:
+    """The most memory that this process has used so far, bytes: of its GPU by tensors, or without one of the machine.
+
+    Args:
+        name: of the device, as torch names it.
+    """
+    import torch
+
+    if name.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(name))
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # only Linux counts in KiB
 
 
 def fair_share(free: int, total: int, held: int, processes: int) -> int:

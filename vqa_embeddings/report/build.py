@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def write_report(
     catalog: Catalog,
     coverage: Coverage,
     failures: Mapping[int, Failed],
-    summary: Mapping[str, object],
+    summary: Mapping[str, Any],
     read: Callable[[np.ndarray], RowValues],
 ) -> None:
     """Write the report, unless the one that is there was made from the same.
@@ -74,7 +75,7 @@ def _collect(
     catalog: Catalog,
     coverage: Coverage,
     failures: Mapping[int, Failed],
-    summary: Mapping[str, object],
+    summary: Mapping[str, Any],
     heartbeats: Sequence[Heartbeat],
     read: Callable[[np.ndarray], RowValues],
 ) -> Page:
@@ -198,7 +199,7 @@ def _choose_answers(run: Run, sample: Sample, table: Table) -> list[ShownAnswer]
     return shown
 
 
-def _fingerprint(run: Run, summary: Mapping[str, object], heartbeats: Sequence[Heartbeat]) -> str:
+def _fingerprint(run: Run, summary: Mapping[str, Any], heartbeats: Sequence[Heartbeat]) -> str:
     """A digest of what a report is made from."""
     shards = [(shard.shard, len(shard.times), int(shard.done[-1])) for shard in heartbeats]
     parts = [run.key, __version__, summary, shards]

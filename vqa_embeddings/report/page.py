@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -16,6 +17,7 @@ from vqa_embeddings.schema import find
 from vqa_embeddings.store.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
+GIB = 1 << 30
 LONGEST = 400  # characters of a text that are shown
 ROW_COLOURS = {"extracted": "var(--good)", "failed": "var(--bad)", "missing": "var(--none)"}
 
@@ -68,7 +70,7 @@ class Page:
     """
 
     run: Run
-    summary: Mapping[str, object]
+    summary: Mapping[str, Any]
     stripes: Sequence[tuple[float, float, float]]
     sampled: int
     agreement: Mapping[bool | None, int]
@@ -115,6 +117,13 @@ class Page:
         if any(answer.thumbnail for answer in self.answers):
             return None
         return f"cannot be read here in {self.run.images_dir}" if self.run.images_dir else "were not recorded"
+
+    def devices(self) -> Iterator[tuple[str, ...]]:
+        """Of each kind of device: its name, ranks, rows, rows a second of one rank, and the most memory of one."""
+        for one in self.summary["devices"]:
+            rate, memory = one["rows_per_second"], one["peak_memory"]
+            speed, used = f"{rate:.3g}" if rate else "", f"{memory / GIB:.1f} GiB" if memory else ""
+            yield one["device"], f"{one['ranks']:,}", f"{one['rows']:,}", speed, used
 
     def bars(self) -> Iterator[Bar]:
         """The strip of the coverage, stripe by stripe, each from top to bottom."""

@@ -1,28 +1,30 @@
 """How far each rank is: a line every few seconds beside its segments, for people to look at.
 
-    OUT/shards/<launch>-r<rank>/pace.csv    time,to_do,done,failed
+    OUT/shards/<launch>-r<rank>/pace.csv    time,to_do,done,failed,memory,device
 
 Nothing is decided by these files. They count rows that are done and may not be committed yet, and one that cannot be
-written ends no run.
+written ends no run. Those of earlier versions have no memory and no device.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from vqa_embeddings.store.run import SHARDS_FOLDER, shard_folder
 
 HEARTBEAT_FILE = "pace.csv"
-HEADER = "time,to_do,done,failed"
+HEADER = "time,to_do,done,failed,memory,device"
 WRITE_SECONDS = 5.0  # between two lines of a rank
-LINE_BYTES = 80  # that a line has at most
+LINE_BYTES = 120  # that a line has at most
+DEVICE_BYTES = 48  # that the name of a device takes of it
 LISTED = 20  # shards of ranks that no longer work
 RECENT_SECONDS = 300.0  # over which rows a second are taken
 SILENT_SECONDS = 180.0  # after which a rank that has not done all it had to is taken for stopped
@@ -38,6 +40,9 @@ class Heartbeat:
         to_do: rows that were its share.
         done: int64 `[n]`, rows done so far, those that failed among them.
         failed: int64 `[n]`.
+        memory: the most that it has used so far, bytes: of the GPU, or where it has none of the machine; 0 of a file
+            that does not say.
+        device: what it computes on; empty likewise.
     """
 
     shard: str
@@ -45,6 +50,8 @@ class Heartbeat:
     to_do: int
     done: np.ndarray
     failed: np.ndarray
+    memory: int = 0
+    device: str = ""
 
     @property
     def left(self) -> int:
@@ -63,11 +70,22 @@ class Heartbeat:
 
 
 class HeartbeatWriter:
-    """Says how far this rank is, at most every few seconds."""
+    """Says how far this rank is, at most every few seconds.
 
-    def __init__(self, folder: Path, launch: str, rank: int, to_do: int) -> None:
+    Args:
+        folder: the output folder.
+        to_do: rows that are its share.
+        device: the name of what it computes on.
+        memory: gives the most memory that it has used so far, bytes. Called for each line.
+    """
+
+    def __init__(
+        self, folder: Path, launch: str, rank: int, to_do: int, device: str = "", memory: Callable[[], int] = int
+    ) -> None:
         self._path = shard_folder(folder, launch, rank) / HEARTBEAT_FILE
         self._to_do = to_do
+        self._device = name_device(device)
+        self._memory = memory
         self._next = 0.0
         self._write(f"{HEADER}\n", 0, 0)
 
@@ -80,8 +98,15 @@ class HeartbeatWriter:
         with suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)  # not its parents: a folder that is gone stays so
             with open(self._path, "ab", buffering=0) as stream:
-                stream.write(f"{before}{time.time():.1f},{self._to_do},{done},{failed}\n".encode())
+                numbers = f"{time.time():.1f},{self._to_do},{done},{failed},{self._memory()}"
+                stream.write(f"{before}{numbers},{self._device}\n".encode())
         self._next = time.monotonic() + WRITE_SECONDS
+
+
+def name_device(name: str) -> str:
+    """The name of a device as a field of a line: without commas and line breaks, and short."""
+    plain = "".join(character if character.isascii() and character.isprintable() else " " for character in name)
+    return " ".join(plain.replace(",", " ").split())[:DEVICE_BYTES].strip()
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
@@ -96,13 +121,19 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
         lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
     except OSError:
         return None
-    numbers = [line for line in map(_numbers, lines) if line is not None]
-    if not numbers:
+    said = [line for line in map(_parse, lines) if line is not None]
+    if not said:
         return None
-    times, to_do, done, failed = np.array(numbers).T
+    times, to_do, done, failed = np.array([one[:4] for one in said]).T
     order = np.argsort(times, kind="stable")  # clocks are set back, too
     return Heartbeat(
-        path.parent.name, times[order], int(to_do[-1]), done[order].astype(np.int64), failed[order].astype(np.int64)
+        path.parent.name,
+        times[order],
+        int(to_do[-1]),
+        done[order].astype(np.int64),
+        failed[order].astype(np.int64),
+        max(one.memory for one in said),
+        next((one.device for one in said if one.device), ""),
     )
 
 
@@ -111,18 +142,32 @@ def read_latest(path: Path) -> tuple[int, int]:
     with suppress(OSError), open(path, "rb", buffering=0) as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - 3 * LINE_BYTES))
         lines = stream.read().decode(errors="replace").splitlines(keepends=True)
-        for numbers in map(_numbers, reversed(lines)):
-            if numbers is not None:
-                return int(numbers[2]), int(numbers[3])
+        for said in map(_parse, reversed(lines)):
+            if said is not None:
+                return int(said.done), int(said.failed)
     return 0, 0
 
 
-def _numbers(line: str) -> tuple[float, ...] | None:
-    """The numbers of a whole line; None of the header, of a line that is being written, or of damage."""
+class _Said(NamedTuple):
+    time: float
+    to_do: float
+    done: float
+    failed: float
+    memory: int
+    device: str
+
+
+def _parse(line: str) -> _Said | None:
+    """What a whole line says; None of the header, of a line that is being written, or of damage."""
+    fields = line.rstrip("\n").split(",")
+    if len(fields) == 4:  # of an earlier version
+        fields += ["0", ""]
     with suppress(ValueError):
-        time_, to_do, done, failed = map(float, line.split(","))
-        if line.endswith("\n") and 0 <= failed <= done <= to_do < np.inf and np.isfinite(time_):
-            return time_, to_do, done, failed
+        *numbers, memory, device = fields
+        time_, to_do, done, failed = map(float, numbers)
+        whole = line.endswith("\n") and memory.isdecimal() and device == name_device(device)
+        if whole and 0 <= failed <= done <= to_do < np.inf and np.isfinite(time_):
+            return _Said(time_, to_do, done, failed, int(memory), device)
     return None
 
 
