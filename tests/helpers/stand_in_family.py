@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqa_embeddings.errors import PromptTooLong
+from vqa_embeddings.errors import InputError, PromptTooLong
 from vqa_embeddings.layers.attention import attend_partially, attend_prefixes, merge_two
 from vqa_embeddings.layers.kv_cache import KVGroup
 from vqa_embeddings.models.base import Checkpoint, EncodedImage, FinishReason, ModelSpec
@@ -132,6 +132,11 @@ class StandInFamily:
 
     def load(self, checkpoint, device, dtype, attention, max_new_tokens) -> StandIn:
         return StandIn(checkpoint, device, max_new_tokens)
+
+    def describe_reference(self, checkpoint: Checkpoint) -> str:
+        raise InputError("--self-check was given, and no library has the stand-in; leave it out")
+
+    def reference(self, checkpoint, device, dtype) -> None: ...
 
     def write_random_checkpoint(self, folder: Path) -> None:
         folder.mkdir(parents=True)

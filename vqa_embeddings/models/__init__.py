@@ -12,6 +12,8 @@ To add a family, write a folder beside `phi4mm` with all that the two protocols 
    that share keys and values. `prefill_image` writes a picture's keys into blocks of the cache, once; `forward` reads
    further tokens of many rows, each over its picture's blocks and its own slot: see `layers.attention`;
 3. `write_random_checkpoint`, by which the demo and the tests run without the real weights;
+4. a `Reference`, for `--self-check`: the model's library, used as it is; `describe_reference` refuses where there is
+   none;
 
 and add it to `registry.FAMILIES`. `tests/helpers/stand_in_family.py` is a whole family in about a hundred lines,
 `tests/system/test_stand_in_family.py` what it has to pass: every row as in a reference that shares no code.

@@ -45,6 +45,28 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class ReferenceRow:
+    """What a reference makes of one row."""
+
+    vectors: Mapping[str, np.ndarray]  # all that a run can store, by their names: float32 [n], or [layers, hidden]
+    answer: str
+
+
+class Reference(Protocol):
+    """Another implementation of a model, loaded from the same files: what a self-check holds this program against."""
+
+    def extract(self, image: Image.Image, question: str, layers: Sequence[int], max_new_tokens: int) -> ReferenceRow:
+        """The values of one row, computed alone.
+
+        Args:
+            image: in RGB.
+            layers: whose states are wanted.
+        Raises:
+            RowError: it cannot be extracted, or is one of those that the two are meant to read differently.
+        """
+
+
 class ModelFamily(Protocol):
     """One kind of model: how its checkpoints are recognised, inspected and loaded. Importing it imports no torch."""
 
@@ -83,6 +105,20 @@ class ModelFamily(Protocol):
 
         Raises:
             InputError: a file is damaged, or does not fit the others.
+        """
+
+    def describe_reference(self, checkpoint: Any) -> str:
+        """For the plan and the result of a self-check, what `reference` is: a library, its version, how it is used.
+
+        Raises:
+            InputError: there is none for this checkpoint.
+        """
+
+    def reference(self, checkpoint: Any, device: str, dtype: str) -> Reference:
+        """Another implementation of the model. It is as large as the model, and goes before that is loaded.
+
+        Raises:
+            InputError: it does not take the checkpoint's files.
         """
 
     def write_random_checkpoint(self, folder: Path) -> None:

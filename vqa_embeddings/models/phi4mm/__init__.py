@@ -2,16 +2,18 @@
 
 `checkpoint` and, for its single files, `formats`, `settings` and `adapters` say what a folder holds, without torch.
 `weights` loads it, `lora` puts the adapter on it, `random_checkpoint` writes a small one. `model` is the protocol's
-face of what was loaded, `vision` its SigLIP and projector, `decoder` its language model.
+face of what was loaded, `vision` its SigLIP and projector, `decoder` its language model. `reference` is the library's
+own model, for a self-check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqa_embeddings.models.base import VisionLanguageModel
+from vqa_embeddings.models.base import Reference, VisionLanguageModel
 from vqa_embeddings.models.phi4mm.formats import LAYOUTS
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ class Phi4Family:
 
         model, tokenizer, image_processor = load_model(checkpoint, device, dtype, attention)
         return Phi4(model, tokenizer, image_processor, max_new_tokens)
+
+    def describe_reference(self, checkpoint: Phi4Checkpoint) -> str:
+        """See `ModelFamily.describe_reference`."""
+        native = checkpoint.layout == "native" and (
+            checkpoint.adapter is None or checkpoint.adapter.where != checkpoint.folder
+        )
+        renamed = "" if native else ", tensors named by this program"
+        return f"transformers {version('transformers')} (eager, each row alone{renamed})"
+
+    def reference(self, checkpoint: Phi4Checkpoint, device: str, dtype: str) -> Reference:
+        """See `ModelFamily.reference`."""
+        from vqa_embeddings.models.phi4mm.reference import LibraryReference
+
+        return LibraryReference(checkpoint, device, dtype)
 
     def write_random_checkpoint(self, folder: Path) -> None:
         """See `ModelFamily.write_random_checkpoint`."""
