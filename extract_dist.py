@@ -20,7 +20,7 @@ from vqa_embeddings.cli.options import parse_extract
 from vqa_embeddings.cluster.messages import fail, refuse, say, say_for_rank
 from vqa_embeddings.cluster.signals import StopFlag, run_program, stop_with_launcher
 from vqa_embeddings.cluster.world import World, read_world, same_command
-from vqa_embeddings.errors import InputError, NothingFiniteError, StorageError
+from vqa_embeddings.errors import InputError, NothingFiniteError, SelfCheckError, StorageError
 
 if TYPE_CHECKING:
     from vqa_embeddings.app.assignment import Assignment
@@ -43,7 +43,7 @@ def main() -> int:
         extract_share(options, world, stop)
     except InputError as refusal:
         return refuse(refusal, world)
-    except (StorageError, NothingFiniteError, OSError) as failure:
+    except (StorageError, NothingFiniteError, SelfCheckError, OSError) as failure:
         return fail(failure, world, same_command(options.slice))
     return 0
 
@@ -54,7 +54,9 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
     from vqa_embeddings.app.demo import NOTICE, demo_options
     from vqa_embeddings.app.launch import set_up_launch
     from vqa_embeddings.app.plan_summary import summarize_plan
+    from vqa_embeddings.app.self_check import SelfChecker
     from vqa_embeddings.store.run import check_run, claim_run, keep_rows
+    from vqa_embeddings.store.self_check import record_self_check
 
     if options.demo:
         if options.model is None:
@@ -70,7 +72,8 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
             say(world, sentence)
     if options.plan:
         return
-    if not len(assignment.rows):
+    checker = SelfChecker(setup, assignment) if options.self_check and world.main else None
+    if not len(assignment.rows) and checker is None:
         if world.main:
             keep_rows(options.output_dir, setup.write_rows)
         return
@@ -82,7 +85,17 @@ def extract_share(options: ExtractOptions, world: World, stop: StopFlag) -> None
         attention=setup.attention.value,
         max_new_tokens=options.max_new_tokens,
     )
+    check = checker.check(model) if checker else None
+    if check:
+        say(world, f"self-check: {check}")
+    if not len(assignment.rows):
+        if check:
+            record_self_check(options.output_dir, check)
+        keep_rows(options.output_dir, setup.write_rows)
+        return
     began = claim_run(options.output_dir, setup.run)
+    if check:
+        record_self_check(options.output_dir, check)
     if began or (joined and world.main):  # one copy of the table, not one of every task that starts at this moment
         keep_rows(options.output_dir, setup.write_rows)
     stop.defer()

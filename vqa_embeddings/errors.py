@@ -27,6 +27,13 @@ class NothingFiniteError(Exception):
     """
 
 
+class SelfCheckError(Exception):
+    """The vectors or answers differ from the reference's by more than they may: exit status 1.
+
+    The message is one sentence for the user, as that of `InputError`.
+    """
+
+
 class RowError(Exception):
     """One row cannot be extracted. It is recorded as data, and the others go on.
 

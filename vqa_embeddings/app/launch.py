@@ -52,6 +52,8 @@ def set_up_launch(options: ExtractOptions, local_rank: int) -> LaunchSetup:
     device = find_device(local_rank)
     dtype = choose_dtype(options.dtype, device)
     attention = choose_attention(options.attn_implementation, dtype.value, device)
+    if options.self_check:
+        checkpoint.family.describe_reference(checkpoint)  # which refuses where there is none
     return LaunchSetup(
         options=options,
         table=table,

@@ -31,6 +31,7 @@ class ExtractOptions:
     pixel_mean: bool
     truncated_pictures: str
     max_megapixels: float
+    self_check: int  # rows
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> 
     if device.memory:
         yield f"memory: {describe_memory(device.memory, count_processes(device.name))}"
     yield f"numbers: {dtype.value} ({dtype.reason}); attention: {attention.value} ({attention.reason})"
+    if options.self_check:
+        reference = setup.checkpoint.family.describe_reference(setup.checkpoint)
+        yield f"self-check: {options.self_check} rows against {reference}, before the first row is committed"
     shortage = find_shortage(free, to_write, parts)
     if shortage:
         yield f"warning: little room in {options.output_dir}: {shortage}; make room"

@@ -7,7 +7,7 @@ import time
 
 from vqa_embeddings.base.console import CLEAR_LINE, print_line
 from vqa_embeddings.cluster.world import World
-from vqa_embeddings.errors import SAME_COMMAND, InputError, NothingFiniteError, StorageError
+from vqa_embeddings.errors import SAME_COMMAND, InputError, NothingFiniteError, SelfCheckError, StorageError
 
 FAILED, REFUSED = 1, 2  # exit statuses
 OTHER_RANKS_PAUSE = 2.0  # seconds before a rank other than the main one reports a refusal
@@ -37,7 +37,9 @@ def refuse(refusal: InputError, world: World) -> int:
     return REFUSED
 
 
-def fail(failure: StorageError | NothingFiniteError | OSError, world: World, resume: str = SAME_COMMAND) -> int:
+def fail(
+    failure: StorageError | NothingFiniteError | SelfCheckError | OSError, world: World, resume: str = SAME_COMMAND
+) -> int:
     """Print what has ended this rank's work, and return the exit status.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
@@ -236,6 +237,20 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def release_memory(name: str) -> None:
+    """Give back what nothing refers to any more, and count the peak of a GPU's memory from here on.
+
+    Args:
+        name: of the device, as torch names it.
+    """
+    import torch
+
+    gc.collect()  # models and caches are parts of cycles
+    if name.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(name)
 
 
 def peak_memory(name: str) -> int:

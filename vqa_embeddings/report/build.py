@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
 from vqa_embeddings.store.run import Run
+from vqa_embeddings.store.self_check import SelfCheck, read_self_check
 
 REPORT_FILE = "report.html"
 SAMPLE, STRETCHES = 500, 20  # rows that are looked at, and in how many stretches
@@ -64,10 +65,11 @@ def write_report(
         StorageError: it cannot be written.
     """
     heartbeats = read_heartbeats(folder)
-    key = _fingerprint(catalog.run, summary, heartbeats)
+    check = read_self_check(folder)
+    key = _fingerprint(catalog.run, summary, heartbeats, check)
     path = folder / REPORT_FILE
     if not _is_current(path, key):
-        page = _collect(catalog, coverage, failures, summary, heartbeats, read)
+        page = _collect(catalog, coverage, failures, summary, heartbeats, check, read)
         publish_text(path, render(page, key))
 
 
@@ -77,6 +79,7 @@ def _collect(
     failures: Mapping[int, Failed],
     summary: Mapping[str, Any],
     heartbeats: Sequence[Heartbeat],
+    check: SelfCheck | None,
     read: Callable[[np.ndarray], RowValues],
 ) -> Page:
     """Read a sample of the rows, and compute all that the report shows of it and of the run."""
@@ -94,6 +97,7 @@ def _collect(
         sampled=len(values),
         agreement=Counter(sample.agreement),
         yes_no=[[counts[truth, found] for found in (*YES_NO, OTHER)] for truth in YES_NO],
+        self_check=check,
         warnings=find_broken(run, sample, table),
         charts=charts,
         no_charts=no_charts,
@@ -199,10 +203,10 @@ def _choose_answers(run: Run, sample: Sample, table: Table) -> list[ShownAnswer]
     return shown
 
 
-def _fingerprint(run: Run, summary: Mapping[str, Any], heartbeats: Sequence[Heartbeat]) -> str:
+def _fingerprint(run: Run, summary: Mapping[str, Any], heartbeats: Sequence[Heartbeat], check: SelfCheck | None) -> str:
     """A digest of what a report is made from."""
     shards = [(shard.shard, len(shard.times), int(shard.done[-1])) for shard in heartbeats]
-    parts = [run.key, __version__, summary, shards]
+    parts = [run.key, __version__, summary, shards, check and asdict(check)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from vqa_embeddings.report.agreement import OTHER, YES_NO
 from vqa_embeddings.schema import find
 from vqa_embeddings.store.run import Run
+from vqa_embeddings.store.self_check import SelfCheck
 
 TEMPLATES = Path(__file__).parent / "templates"
 GIB = 1 << 30
@@ -64,6 +65,7 @@ class Page:
         sampled: rows that were looked at.
         agreement: how many of them agree with their ground truth, differ, or have none (True, False, None).
         yes_no: counts by truth (yes, no) and answer (yes, no, other).
+        self_check: how the run's last one came out; None where there was none.
         warnings: what cannot be right.
         charts: SVG by section.
         no_charts: why there are none.
@@ -75,6 +77,7 @@ class Page:
     sampled: int
     agreement: Mapping[bool | None, int]
     yes_no: Sequence[Sequence[int]]
+    self_check: SelfCheck | None
     warnings: Sequence[str]
     charts: Mapping[str, Sequence[str]]
     no_charts: str | None
