@@ -239,12 +239,20 @@ def test_a_revision_of_what_has_none_is_refused(model, capsys):
     assert "--revision main is for models of the hub" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["extract_dist.py", "merge_shards.py"])
-def test_help_answers_at_once_and_without_torch(script):
+@pytest.mark.parametrize(
+    "program",
+    [
+        [str(ROOT / "extract_dist.py")],
+        [str(ROOT / "merge_shards.py")],
+        ["-m", "vqa_embeddings.cli.extract"],
+        ["-m", "vqa_embeddings.cli.merge"],
+    ],
+)
+def test_help_answers_at_once_and_without_torch(program):
     import time
 
     begun = time.monotonic()
-    done = run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"])
+    done = run([sys.executable, "-X", "importtime", *program, "--help"], PYTHONPATH=str(ROOT))
     assert time.monotonic() - begun < 1
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

@@ -14,7 +14,15 @@ from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table, sample, select
 from vqa_embeddings.data.table_reader import read_rows, read_table
 from vqa_embeddings.errors import InputError
-from vqa_embeddings.layers.device import Choice, Device, choose_attention, choose_dtype, find_device, versions
+from vqa_embeddings.layers.device import (
+    Choice,
+    Device,
+    choose_attention,
+    choose_dtype,
+    choose_workers,
+    find_device,
+    versions,
+)
 from vqa_embeddings.models.base import Checkpoint
 from vqa_embeddings.models.registry import default_family, find_checkpoint
 from vqa_embeddings.store.run import Run, known_columns
@@ -35,6 +43,11 @@ class LaunchSetup:
     dtype: Choice
     attention: Choice
     run: Run
+
+    @property
+    def workers(self) -> int:
+        """How many pictures are opened at a time."""
+        return choose_workers(self.options.num_workers, self.device)
 
 
 def set_up_launch(options: ExtractOptions, local_rank: int) -> LaunchSetup:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vqa_embeddings.app.merge_record import FAILED_FILE
 from vqa_embeddings.app.options import MergeOptions
+from vqa_embeddings.base.commands import with_names
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.run import COVERAGE_FILE, Run
 from vqa_embeddings.store.segments import Corrupt
@@ -53,8 +54,11 @@ class Outcome:
         if self.pruned:
             yield f"pruned: {self.pruned} segments, all of whose rows lie in verified parts"
         if missing:
-            yield "the missing rows come with the next extraction: the same extract_dist.py command continues"
+            same = with_names("the same extract_dist.py command continues")
+            yield f"the missing rows come with the next extraction: {same}"
         if failed and options.check:
-            yield f"python merge_shards.py --output-dir {folder} writes {FAILED_FILE}, which says why rows failed"
+            merge = with_names("python merge_shards.py")
+            yield f"{merge} --output-dir {folder} writes {FAILED_FILE}, which says why rows failed"
         elif failed:
-            yield f"{folder}/{FAILED_FILE} says why rows failed; extract_dist.py --retry-failed tries them again"
+            retry = with_names("extract_dist.py --retry-failed")
+            yield f"{folder}/{FAILED_FILE} says why rows failed; {retry} tries them again"

@@ -11,6 +11,7 @@ import numpy as np
 
 from vqa_embeddings.app.assignment import Assignment
 from vqa_embeddings.app.launch import LaunchSetup
+from vqa_embeddings.base.commands import with_names
 from vqa_embeddings.cluster.world import World
 from vqa_embeddings.data.picture_folder import PictureFolder
 from vqa_embeddings.data.table import Table
@@ -64,7 +65,8 @@ def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> 
         yield f"warning: {absent}; check --images-dir"
     yield from (f"warning: {oddity}" for oddity in find_warnings(setup.table))
     if not pending:
-        yield f"nothing to do; next: python merge_shards.py --output-dir {shlex.quote(str(options.output_dir))}"
+        merge = with_names("python merge_shards.py")
+        yield f"nothing to do; next: {merge} --output-dir {shlex.quote(str(options.output_dir))}"
 
 
 def describe_pictures(pictures: np.ndarray) -> str:

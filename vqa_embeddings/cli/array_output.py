@@ -16,7 +16,6 @@ from vqa_embeddings.cli.options import parse_extract
 
 def main() -> int:
     """Print the folder. Help goes to standard error. Returns the exit status."""
-    sys.argv[0] = "extract_dist.py"  # for the usage that argparse prints
     with redirect_stdout(sys.stderr):
         options = parse_extract(None)
     if options.slice is not None:

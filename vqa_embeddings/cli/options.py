@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vqa_embeddings.app.options import ExtractOptions, MergeOptions
+from vqa_embeddings.base.commands import EXTRACT, MERGE, Command, name_of, with_names
 from vqa_embeddings.data.decode_options import MAX_MEGAPIXELS
 from vqa_embeddings.models.hub import MODEL_CACHE
 from vqa_embeddings.models.registry import default_family
@@ -21,7 +22,7 @@ MOST_MEGAPIXELS = 1e6  # a larger limit is a slip
 
 def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> ExtractOptions:
     """Read the arguments of `extract_dist.py`; what cannot be right ends the program with status 2."""
-    parser = _parser(usage)
+    parser = _parser(EXTRACT, usage)
     add = parser.add_argument_group("published options").add_argument
     add("--vqa-dataset", type=Path, metavar="CSV", help="table of the questions (required unless --demo)")
     add("--images-dir", type=Path, metavar="DIR", help="folder of the pictures (required unless --demo)")
@@ -74,7 +75,7 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
 
 def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOptions:
     """Read the arguments of `merge_shards.py`; what cannot be right ends the program with status 2."""
-    parser = _parser(usage)
+    parser = _parser(MERGE, usage)
     add = parser.add_argument
     add("--output-dir", type=Path, metavar="OUT", default="./output", help="output of the extraction (%(default)s)")
     add("--check", action="store_true", help="say what is done and what is missing, and write nothing")
@@ -91,9 +92,13 @@ def parse_merge(usage: str | None, argv: Sequence[str] | None = None) -> MergeOp
     return options
 
 
-def _parser(usage: str | None) -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=usage, formatter_class=formatter, allow_abbrev=False)
+def _parser(command: Command, usage: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=name_of(command),
+        description=with_names(usage) if usage else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def _natural(text: str) -> int:

@@ -5,7 +5,7 @@
 that of every segment and of parts as matrices, which `chunks` reads fast; or `grouped`, the published layout.
 `row_sources` says from which file a row's values are read; `hash_ledger` which SHA-256 a part may have: announced
 before the part gets its name, then recorded in `coverage.json`. `catalog` scans all of this, and `coverage` accounts
-for every row. `heartbeat` has how far each rank is, `device_figures` what all have done on each kind of device, `self_check`
-how the run's last self-check came out. `hdf5` writes files that the same data make the same. `reader` is
+for every row. `heartbeat` has how far each rank is, `device_figures` what all have done on each kind of device,
+`self_check` how the last self-check came out. `hdf5` writes files that the same data make the same. `reader` is
 `open_embeddings`.
 """
