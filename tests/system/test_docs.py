@@ -1,4 +1,4 @@
-"""The README as a newcomer follows it: every block that needs no GPU, no queue and no network works unchanged."""
+"""The documentation as a newcomer follows it: every block that needs no GPU, queue or network works unchanged."""
 
 from __future__ import annotations
 
@@ -9,56 +9,36 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.helpers.environments import make_environment
 from tests.helpers.launching import ROOT, run
+from tests.unit.test_rooms import MAY_IMPORT
 
 PACKAGE = ROOT / "vqa_embeddings"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.M | re.S)
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+# In the order in which the README names them, which is that of a newcomer.
+PAGES = [
+    README,
+    *dict.fromkeys(ROOT / name for name in re.findall(r"\((docs/\w[\w-]*\.md)[#)]", README.read_text("utf-8"))),
+]
+WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # What is not run here, and why: this suite, a queue, a network.
 LEFT_OUT = ("launch/test.sh", "submit.sh", "hf download")
-PROGRAM = "#!{python}\nimport sys\nfrom {module} import {name}\nsys.exit({name}())\n"
 
 
-def installed_by(extra: str) -> list[metadata.Distribution]:
-    """The distributions that `pip install .[extra]` brings, of those of this environment."""
-    found: dict[str, metadata.Distribution] = {}
-
-    def bring(requirements: Iterable[str], extras: Iterable[str]) -> None:
-        for requirement in map(Requirement, requirements):
-            wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", *extras))
-            name = requirement.name.lower()
-            if wanted and (name not in found or requirement.extras):
-                found[name] = metadata.distribution(name)
-                bring(found[name].requires or [], requirement.extras)
-
-    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bring([*project["dependencies"], *project["optional-dependencies"][extra]], [])
-    return list(found.values())
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-def make_environment(folder: Path, extra: str) -> None:
-    """Make the virtual environment that `launch/demo.sh` makes, of what this one has: nothing else can be imported."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    library = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    for distribution in installed_by(extra):
-        for file in distribution.files or []:
-            top = library / file.parts[0]
-            if file.parts[0] != ".." and not top.exists():
-                top.symlink_to(distribution.locate_file(file.parts[0]))
-        for program in distribution.entry_points.select(group="console_scripts"):
-            path = folder / "bin" / program.name
-            path.write_text(PROGRAM.format(python=folder / "bin" / "python", module=program.module, name=program.attr))
-            path.chmod(0o755)
-    (library / "checkout.pth").write_text(str(folder.parent))
+def blocks() -> list[tuple[str, str]]:
+    """The commands and examples of all pages, one after another."""
+    found = [block for page in PAGES for block in FENCE.findall(text_of(page))]
+    return [(kind, code) for kind, code in found if kind in ("bash", "python")]
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +51,14 @@ def checkout(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     [extra] = re.findall(r"^install_environment (\w+)$", (folder / "launch" / "demo.sh").read_text(), re.M)
-    make_environment(folder / ".venv", extra)
+    make_environment(folder / ".venv", extra, folder)
     installed = hashlib.sha256((folder / "pyproject.toml").read_bytes()).hexdigest()
     (folder / ".venv" / "installed").write_text(f"{installed}  - {extra}\n")
     return folder
 
 
 def test_every_block_works_pasted_one_after_another(checkout, tmp_path):
-    run_here = [(kind, code) for kind, code in BLOCKS if not any(name in code for name in LEFT_OUT)]
+    run_here = [(kind, code) for kind, code in blocks() if not any(name in code for name in LEFT_OUT)]
     assert len(run_here) >= 10
     script = []
     for number, (kind, code) in enumerate(run_here):
@@ -115,7 +95,8 @@ def test_every_block_works_pasted_one_after_another(checkout, tmp_path):
 def test_the_option_tables_have_every_option_with_its_default(script):
     shown = run([sys.executable, str(ROOT / script), "--help"]).stdout
     options = set(re.findall(r"^  (--[a-z-]+)", shown, re.M))
-    table = README[README.index(f"| {script} | |") :].partition("\n\n")[0]
+    page = text_of(DOCS / "options.md")
+    table = page[page.index(f"| {script} | |") :].partition("\n\n")[0]
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert named == options
     for option, default in re.findall(r"`(--[a-z-]+) ([^`/ ]+)`", table):
@@ -124,9 +105,38 @@ def test_the_option_tables_have_every_option_with_its_default(script):
             assert f"({default})" in " ".join(entry[0].split()), f"{option} {default}"
 
 
-def test_the_files_and_folders_that_it_names_are_there():
-    for name in re.findall(r"\b((?:tests|launch|vqa_embeddings)/[\w./]*\w)", README):
+def test_every_page_of_the_documentation_is_named_in_the_readme():
+    assert set(PAGES) - {README} == set(DOCS.glob("*.md"))
+
+
+def test_the_readme_is_short():
+    assert 900 <= len(text_of(README).split()) <= 1100
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_the_files_and_folders_that_it_names_are_there(page):
+    for name in re.findall(r"\b((?:tests|launch|docs|vqa_embeddings)/[\w./-]*\w)", text_of(page)):
         assert (ROOT / name).exists(), name
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(page)), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page):
+    text = FENCE.sub("", text_of(page))
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'\bsrc(?:set)?="([^"]+)"', text)
+    assert links or page.name == "CHANGELOG.md"
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def modules(room: str) -> set[str]:
@@ -134,8 +144,9 @@ def modules(room: str) -> set[str]:
 
 
 def test_the_index_of_modules_names_every_one_and_nothing_else():
-    """The README's table, and for a module that it does not name the docstring of its room."""
-    section = README[README.index("## The code") : README.index("## Citing")]
+    """The table, and for a module that it does not name the docstring of its room."""
+    page = text_of(DOCS / "architecture.md")
+    section = page[page.index("## The rooms") : page.index("## What a room may import")]
     table = dict(re.findall(r"^\| `([\w/]+)` \| [^|]+ \| ([^|]+) \|$", section, re.M))
     assert table.keys() == {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/__init__.py")}
     for room, cell in table.items():
@@ -145,6 +156,16 @@ def test_the_index_of_modules_names_every_one_and_nothing_else():
         assert modules(room) - named <= set(re.findall(r"\w+", face)), room
     text = set(re.findall(r"`(\w+)`", re.sub(r"^\|.*\n", "", section, flags=re.M)))
     assert modules(".") <= text <= modules(".") | table.keys()
+
+
+def test_the_rule_of_the_rooms_is_the_one_that_is_tested():
+    page = text_of(DOCS / "architecture.md")
+    section = page[page.index("## What a room may import") : page.index("Further rules")]
+    said: dict[str, set[str]] = {}
+    for rooms, cell in re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|$", section, re.M):
+        names = {name.removesuffix(".py").replace("/", ".") for name in re.findall(r"`([\w/.]+)`", cell)}
+        said.update(dict.fromkeys(re.findall(r"`(\w+)`", rooms), names))
+    assert said == MAY_IMPORT
 
 
 def test_the_citation_can_be_read():
