@@ -138,10 +138,9 @@ class Page:
                 top += share
 
     def maps(self) -> Iterator[tuple[str, Sequence[str]]]:
-        """Of each vector whose states are drawn, what it belongs to, and a chart for each layer."""
-        for name, charts in self.charts.items():
-            if vector := find(name):
-                yield vector.place, charts
+        """Of each vector whose states are drawn, what it belongs to, and a chart for each layer; questions first."""
+        known = ((vector, charts) for name, charts in self.charts.items() if (vector := find(name)))
+        return ((vector.place, charts) for vector, charts in sorted(known, key=lambda pair: pair[0].per_picture))
 
     def yes_no_rows(self) -> Iterable[tuple[str, Sequence[int]]]:
         """For each truth, how often the answers were yes, no, and something else."""
