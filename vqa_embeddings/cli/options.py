@@ -59,7 +59,7 @@ def parse_extract(usage: str | None, argv: Sequence[str] | None = None) -> Extra
     add("--truncated-pictures", choices=TRUNCATED, default="fail", help=truncated)
     largest = "the largest picture that is opened (%(default)s)"
     add("--max-megapixels", type=_megapixels, metavar="N", default=MAX_MEGAPIXELS, help=largest)
-    check = "rows that are first held against the model library's own results (%(default)s: none)"
+    check = "rows that are first held against the model library's own results, 0 for none (%(default)s)"
     add("--self-check", type=_natural, metavar="N", default=0, help=check)
 
     options = ExtractOptions(**vars(parser.parse_args(argv)))
