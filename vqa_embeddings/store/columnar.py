@@ -1,7 +1,7 @@
 """The form of segments and of columnar parts: a matrix a layer, for those who read all rows at once.
 
 /row                                            int64 [n], positions in the table, from 0, in order
-/question_id, image_id, …, answer               UTF-8 [n], of fixed length
+/question_id, image_id, …, answer               UTF-8 [n], of fixed length, packed where it takes much room
 /picture_truncated                              bool [n], whether the picture is cut off; only where one is
 /vision_only_representation                     float32 [n, vision]
 /vision_token_representation/layer_<k>          float32 [n, hidden]
@@ -28,7 +28,7 @@ FORMAT = 2
 FORMAT_ATTRIBUTE = "format"
 SEGMENT, COLUMNS = "segment", "columns"  # what the file is
 CHUNK_BYTES = 1 << 20  # what readers keep of a dataset by default (HDF5 before 2.0): a row is then read once, not often
-LONGEST_COLUMN = 16 << 20  # bytes of a text of fixed length: of all values the longest one's
+LONGEST_COLUMN = 16 << 20  # bytes of a text, all values as long as the longest, that are stored and read as they are
 ROW = "row"
 
 # Gives the rows `[start:stop]` of a column, float32 `[stop - start, size]`.
@@ -111,14 +111,19 @@ def write_dataset(parent: h5py.Group, name: str, values: np.ndarray) -> None:
 
 
 def write_text(parent: h5py.Group, name: str, values: Sequence[str]) -> None:
-    """Texts of a fixed length, padded with NULs, or of a variable one where a long text would take room for all."""
+    """Texts of a fixed length, padded with NULs, which are compressed where they would take much room."""
     encoded = [value.encode() for value in values]
     longest = max(map(len, encoded), default=0) or 1
-    if longest * len(encoded) > LONGEST_COLUMN:
-        parent.create_dataset(name, data=list(values), dtype=h5py.string_dtype("utf-8"), track_times=False)
-        return
     dtype = h5py.string_dtype("utf-8", longest)
-    write_dataset(parent, name, np.array(encoded, dtype))
+    if longest * len(encoded) <= LONGEST_COLUMN:
+        write_dataset(parent, name, np.array(encoded, dtype))
+        return
+    chunk = choose_chunk(len(encoded), longest)
+    dataset = parent.create_dataset(
+        name, (len(encoded),), dtype, chunks=(chunk,), fletcher32=True, compression="gzip", track_times=False
+    )
+    for start in range(0, len(encoded), chunk):
+        dataset[start : start + chunk] = np.array(encoded[start : start + chunk], dtype)
 
 
 def _write_matrix(file: h5py.File, column: VectorColumn, count: int, take: Slices, compression: str) -> None:
@@ -139,6 +144,18 @@ def _write_matrix(file: h5py.File, column: VectorColumn, count: int, take: Slice
     dataset.attrs[chunks.CHUNK_SUMS] = np.array(sums, np.uint64)
 
 
+def read_numbers(file: h5py.File, name: str, most: int) -> np.ndarray:
+    """The row numbers of this name, int64 `[n]`, also of a file that has not been hashed.
+
+    Raises:
+        ValueError: they are none, or more than there can be.
+    """
+    numbers = get_dataset(file, name)
+    if numbers.dtype.kind != "i" or numbers.ndim != 1 or len(numbers) > most:
+        raise ValueError("its row numbers are none")
+    return numbers[:]
+
+
 def read_truncated(file: h5py.File, count: int) -> np.ndarray:
     """Which of a file's rows, of which there are so many, have a picture that is cut off: bool `[count]`.
 
@@ -154,10 +171,20 @@ def read_truncated(file: h5py.File, count: int) -> np.ndarray:
 
 
 def read_answers(file: h5py.File, places: np.ndarray) -> list[str]:
-    """The answers of the rows at these places, int64 `[m]`, one at least."""
-    first = int(places.min())
-    answers = get_dataset(file, ANSWER).asstr()[first : int(places.max()) + 1]
-    return [answers[place - first] for place in places.tolist()]
+    """The answers of the rows at these places, int64 `[m]`, one at least.
+
+    Raises:
+        ValueError: the file has fewer.
+    """
+    answers = get_dataset(file, ANSWER)
+    first, last = int(places.min()), int(places.max()) + 1
+    if last > len(answers):
+        raise ValueError(f"{ANSWER} has {len(answers)} rows, fewer than the file has")
+    at_once = max(1, LONGEST_COLUMN // answers.dtype.itemsize)  # rows; a long text takes its room in all of them
+    texts: list[str] = []
+    for start in range(first, last, at_once):
+        texts += list(answers.asstr()[start : min(start + at_once, last)])
+    return [texts[place - first] for place in places.tolist()]
 
 
 def read_matrix(

@@ -19,6 +19,8 @@ from vqa_embeddings.errors import SAME_COMMAND, StorageError, one_line
 
 # From HDF5 1.8 (metadata with checksums) to 1.10; what "latest" of HDF5 2 writes, 1.14 cannot read.
 OLDEST, NEWEST = h5f.LIBVER_V18, h5f.LIBVER_V110
+# What a file raises that is not what its name says.
+UNUSABLE = (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError)
 MEMORY_STEP = 1 << 20  # bytes by which a file in memory grows
 
 
@@ -67,9 +69,11 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     access.set_fclose_degree(h5f.CLOSE_STRONG)
     access.set_file_locking(False, True)
     file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, access)
+    opened = h5py.File(file)
     try:
-        yield h5py.File(file)
+        yield opened
     finally:
+        opened.id.close()  # which counts its references apart from `file`
         file.close()
 
 
@@ -89,7 +93,7 @@ def open_verified(path: Path) -> Iterator[h5py.File]:
     try:
         with open_file(path) as file:
             yield file
-    except (OSError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+    except UNUSABLE as error:
         raise misread(path, error) from error
 
 

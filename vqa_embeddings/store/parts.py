@@ -15,9 +15,9 @@ from vqa_embeddings.data.table import Table
 from vqa_embeddings.errors import InputError, one_line
 from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.hash_ledger import possible_hashes
-from vqa_embeddings.store.hdf5 import get_dataset, misread, open_file, stamp_of, text_of
+from vqa_embeddings.store.hdf5 import UNUSABLE, misread, open_file, stamp_of, text_of
 from vqa_embeddings.store.run import Run
-from vqa_embeddings.store.segments import UNUSABLE, Corrupt
+from vqa_embeddings.store.segments import Corrupt
 
 # How the files of each layout are named.
 NAMES = {"grouped": "{prefix}_embeddings_part_{number}.h5", "columnar": "{prefix}_columns_part_{number}.h5"}
@@ -107,7 +107,7 @@ def _read_part(path: Path, layout: str, number: int, run: Run, table: Table, rec
             rows, truncated = grouped.read_index(file, table, first - 1, last)
         else:
             columnar.check_format(file, columnar.COLUMNS)
-            rows = get_dataset(file, columnar.ROW)[:]
+            rows = columnar.read_numbers(file, columnar.ROW, run.rows)
             truncated = rows[columnar.read_truncated(file, len(rows))]
             if len(rows) and not (first - 1 <= rows.min() and rows.max() < last and np.all(np.diff(rows) > 0)):
                 raise ValueError(f"it holds rows that are not among {first} to {last}, or not in their order")

@@ -37,10 +37,9 @@ from vqa_embeddings.schema import (
 from vqa_embeddings.store.catalog import Catalog, scan
 from vqa_embeddings.store.chunks import Scratch
 from vqa_embeddings.store.coverage import Coverage
-from vqa_embeddings.store.hdf5 import open_file, stamp_of
+from vqa_embeddings.store.hdf5 import UNUSABLE, open_file, stamp_of
 from vqa_embeddings.store.row_sources import Source, part_source, segment_source
 from vqa_embeddings.store.run import Run, read_run, read_run_rows
-from vqa_embeddings.store.segments import UNUSABLE
 
 if TYPE_CHECKING:
     import pandas
@@ -224,10 +223,11 @@ class Embeddings(Mapping[str, dict[str, Any]]):
                 source.read_matrix(file, column, self._table.ids.__getitem__, matrix, threads.scratch)
 
         in_columns = [source for source in self._sources if not source.grouped]
-        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            list((pool.map if len(in_columns) > 1 else map)(read, in_columns))
+        if len(in_columns) > 1:
+            with ThreadPoolExecutor(min(MOST_THREADS, _count_cores())) as pool:
+                list(pool.map(read, in_columns))
         for source in self._sources:
-            if source.grouped:  # HDF5 reads one at a time
+            if source.grouped or len(in_columns) == 1:  # HDF5 itself reads one group at a time
                 read(source)
         return matrix
 
@@ -351,6 +351,11 @@ class Embeddings(Mapping[str, dict[str, Any]]):
             sources.append(replace(source, rows=source.rows[entry], places=source.places[entry], into=into))
         rows, truncated = self._rows[chosen], self.truncated[chosen]
         return Embeddings(self.folder, self.run, self._table, rows, sources, self._absent, truncated)
+
+
+def _count_cores() -> int:
+    """Those that this process may use; a batch job often has few of a node's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_id(key: object) -> TypeGuard[str | int]:

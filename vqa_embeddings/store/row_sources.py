@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -17,9 +17,11 @@ from vqa_embeddings.store import columnar, grouped
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.chunks import Scratch
 from vqa_embeddings.store.coverage import NOBODY, Coverage
-from vqa_embeddings.store.hdf5 import open_verified
+from vqa_embeddings.store.hdf5 import get_dataset, open_verified
 from vqa_embeddings.store.parts import Part
 from vqa_embeddings.store.segments import Segment
+
+MOST_ROWS = 1 << 32  # of a file whose hash is right
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,24 @@ class Source:
         """bool `[m]`, the pictures of the rows are cut off; `ids` as for `read_matrix`."""
         if self.grouped:
             return np.array([grouped.is_truncated(file, ids(row)) for row in self.rows.tolist()], bool)
-        return columnar.read_truncated(file, len(file[columnar.ROW]))[self.places]
+        return columnar.read_truncated(file, len(get_dataset(file, columnar.ROW)))[self.places]
+
+    def locate(self, file: h5py.File) -> Source:
+        """The same rows where the open file has them: another merge may have replaced a part since it was looked into.
+
+        Raises:
+            StorageError: it does not have them.
+        """
+        if self.grouped:  # where rows are found by their ids
+            return self
+        rows = columnar.read_numbers(file, columnar.ROW, MOST_ROWS)
+        if int(self.places.max()) < len(rows) and np.array_equal(rows[self.places], self.rows):
+            return self
+        order = np.argsort(rows, kind="stable")
+        found = order[np.minimum(np.searchsorted(rows[order], self.rows), len(rows) - 1)] if len(rows) else order
+        if len(found) != len(self.rows) or not np.array_equal(rows[found], self.rows):
+            raise StorageError(f"{self.path} no longer holds the rows that it held at first: {SAME_COMMAND}")
+        return replace(self, places=found)
 
 
 def part_source(part: Part, rows: np.ndarray, asked: np.ndarray) -> Source:
@@ -122,6 +141,7 @@ def read_values(
     answers, truncated, scratch = [""] * count, np.zeros(count, bool), Scratch()
     for source in sources:
         with open_verified(source.path) as file:
+            source = source.locate(file)
             for column in columns:
                 source.read_matrix(file, column, ids, matrices[column.path], scratch)
             truncated[source.into] = source.read_truncated(file, ids)
@@ -156,13 +176,18 @@ class VerifiedReader:
 
     def __call__(self, rows: np.ndarray) -> RowValues:
         """The values of rows, int64 `[n]` and in order, less those of parts that are passed over."""
-        held = self.coverage.holder[rows] != NOBODY
-        in_parts = rows[~held]
-        parts = [part for part in self.parts if np.isin(in_parts, part.rows).any() and self._is_whole(part)]
-        readable = held | np.isin(rows, np.concatenate([part.rows for part in parts] or [rows[:0]]))
-        rows = rows[readable]
-        sources = find_sources(self.catalog.segments, parts, self.coverage, rows)
-        return read_values(sources, self.catalog.run.vectors, rows, self.catalog.table.ids.__getitem__)
+        parts = list(self.parts)
+        while True:
+            sources = find_sources(self.catalog.segments, parts, self.coverage, rows)
+            used = {source.path for source in sources}
+            damaged = {part.path for part in parts if part.path in used and not self._is_whole(part)}
+            if not damaged:
+                break
+            parts = [part for part in parts if part.path not in damaged]
+        readable = rows[np.isin(rows, np.concatenate([source.rows for source in sources] or [rows[:0]]))]
+        if len(readable) < len(rows):
+            sources = find_sources(self.catalog.segments, parts, self.coverage, readable)
+        return read_values(sources, self.catalog.run.vectors, readable, self.catalog.table.ids.__getitem__)
 
     def _is_whole(self, part: Part) -> bool:
         name = part.path.name

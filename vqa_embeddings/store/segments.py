@@ -27,7 +27,7 @@ from vqa_embeddings.records import Extracted, Failed
 from vqa_embeddings.schema import ANSWER, IMAGE_ID, QUESTION_ID
 from vqa_embeddings.store import columnar
 from vqa_embeddings.store.columnar import ROW, OtherFormat
-from vqa_embeddings.store.hdf5 import Groups, get_dataset, new_file, open_file, open_verified, text_of
+from vqa_embeddings.store.hdf5 import UNUSABLE, Groups, get_dataset, new_file, open_file, open_verified, text_of
 from vqa_embeddings.store.row_buffer import RowBuffer
 from vqa_embeddings.store.run import SHARDS_FOLDER, Run, shard_folder
 
@@ -37,8 +37,6 @@ LARGEST = 512_000_000  # bytes of the vectors of a segment
 LONGEST_TEXT = 4096  # bytes of an id, a name or a reason: in a column all take as much room as the longest
 FAILED = "failed"  # the group with the rows that have no values
 NO_CHECKSUM = "its checksum is not there"
-# What a file raises that is not what its name says.
-UNUSABLE = (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -254,10 +252,7 @@ def _read_index(path: Path, run: Run) -> Segment:
         columnar.check_format(file, columnar.SEGMENT)
         if text_of(file.attrs["run"]) != run.key:
             raise ValueError("it belongs to another run")
-        columns = get_dataset(file, ROW), get_dataset(file, f"{FAILED}/{ROW}")
-        if any(column.dtype.kind != "i" or column.ndim != 1 or len(column) > run.rows for column in columns):
-            raise ValueError("its row numbers are none")
-        rows, failed = (column[:] for column in columns)
+        rows, failed = (columnar.read_numbers(file, name, run.rows) for name in (ROW, f"{FAILED}/{ROW}"))
         truncated = rows[columnar.read_truncated(file, len(rows))]
     for positions in (rows, failed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < run.rows:

@@ -26,6 +26,7 @@ from tests.helpers.output_folders import (
     record,
 )
 from tests.helpers.published_reader import read_published
+from vqa_embeddings import open_embeddings
 from vqa_embeddings.app import merge as merging
 from vqa_embeddings.base.files import sha256
 from vqa_embeddings.cli.options import parse_merge
@@ -452,3 +453,27 @@ def test_gzip_is_as_published_and_reads_the_same(out):
         path.unlink()
     assert merge(out, "--compression", "gzip", "--jobs", 2).returncode == 0
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("layout", ["columnar", "grouped"])
+def test_a_part_that_another_merge_replaces_meanwhile_gives_every_row_its_own_values(out, monkeypatch, layout):
+    """Its rows lie elsewhere in the new part than where they were found."""
+    options = ["--output-dir", str(out), "--layout", layout]
+    commit(out, [record(row) for row in range(1, ROWS - 1)], ROWS)
+    commit(out, [Failed(row, "PictureNotFound", "gone") for row in (0, ROWS - 1)])
+    assert merging.merge(parse_merge(None, [*options, "--prune"])).status == 4
+    assert len(list(out.glob("shards/*/*.h5"))) == 1, "otherwise nothing is read of the part"
+    commit(out, [record(0)])
+    write_parts = merging._write_parts
+
+    def after_another(*given):
+        monkeypatch.undo()
+        assert merging.merge(parse_merge(None, options)).status == 4
+        return write_parts(*given)
+
+    monkeypatch.setattr(merging, "_write_parts", after_another)
+    assert merging.merge(parse_merge(None, options)).status == 4
+    e = open_embeddings(out)
+    for row in range(ROWS - 1):
+        assert np.array_equal(e[f"q{row}"]["vision_only"], record(row).vectors[VISION_ONLY]), row
+        assert e[f"q{row}"]["answer"] == record(row).answer

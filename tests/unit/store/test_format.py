@@ -18,6 +18,7 @@ from vqa_embeddings.errors import InputError, StorageError
 from vqa_embeddings.records import Failed
 from vqa_embeddings.store import columnar, segments
 from vqa_embeddings.store.catalog import scan
+from vqa_embeddings.store.hdf5 import open_file
 from vqa_embeddings.store.row_sources import find_sources, read_values
 from vqa_embeddings.store.run import read_run, read_run_rows
 from vqa_embeddings.store.segments import LARGEST, ShardWriter, choose_length, read_segments
@@ -80,14 +81,21 @@ def test_chunks_share_the_rows_evenly():
     assert columnar.choose_chunk(3, 2 << 20) == 1 and columnar.choose_chunk(10, 8) == 10
 
 
-def test_a_long_text_costs_the_others_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(columnar, "LONGEST_COLUMN", 1000)
+def test_a_long_text_costs_the_others_no_room_and_keeps_its_checksum(tmp_path, monkeypatch):
     out = begin_run(tmp_path)
-    commit(out, [replace(record(row), answer="é" * 300 if row == 3 else "no") for row in range(ROWS)], ROWS)
-    with h5py.File(segment_of(out)) as file:
-        assert h5py.check_string_dtype(file["answer"].dtype).length is None
-        assert h5py.check_string_dtype(file["question_id"].dtype).length == 3
-    assert open_embeddings(out).answers == ["é" * 300 if row == 3 else "no" for row in range(ROWS)]
+    answers = ["é" * 1_000_000 if row == 3 else "no" for row in range(ROWS)]
+    commit(out, [replace(record(row), answer=answers[row]) for row in range(ROWS)], ROWS)
+    assert merge(out, "--layout", "columnar").returncode == 0
+    for path in (segment_of(out), out / COLUMNS):
+        assert path.stat().st_size < 3 << 20
+        with h5py.File(path) as file:
+            assert h5py.check_string_dtype(file["answer"].dtype).length == 2_000_000
+            assert file["answer"].fletcher32 and file["answer"].chunks == (1,)
+            assert file["question_id"].compression is None
+    assert open_embeddings(out).answers == answers
+    segment_of(out).unlink()
+    monkeypatch.setattr(columnar, "LONGEST_COLUMN", 4_000_000)  # a few rows at a time
+    assert open_embeddings(out)[2:].answers == answers[2:]
 
 
 def name_another_format(path: Path) -> None:
@@ -108,7 +116,7 @@ def test_a_folder_with_a_segment_of_another_format_is_refused_whole_by_both_prog
     told = f"error: {victim} is written as 'vqa_embeddings segment 1', expected 'vqa_embeddings segment 2': use the"
     for ranks in (0, 2):
         refused = run(command(ranks, *photographs, "--output-dir", out))
-        assert told in refused.stderr and (ranks or refused.returncode == 2), refused.stderr
+        assert told in refused.stderr and refused.returncode == (1 if ranks else 2), refused.stderr
         assert contents(out) == before
     for arguments in ([], ["--check"], ["--verify"], ["--check", "--verify"]):
         refused = merge(out, *arguments)
@@ -190,3 +198,11 @@ def test_rows_that_no_file_has_are_never_made_up(out):
     ]
     with pytest.raises(StorageError, match="row 1 is no longer in the files that had it: the same command continues"):
         read_values(fewer, run_.vectors, rows, ids)
+
+
+def test_a_file_is_closed_when_its_block_ends(out):
+    with open_file(segment_of(out)) as file:
+        dataset = file["row"]
+    assert not file and not dataset
+    with h5py.File(segment_of(out)) as file:  # which HDF5 refuses while the same file is open in another way
+        assert len(file["row"]) == ROWS - 1
