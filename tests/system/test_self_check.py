@@ -67,9 +67,14 @@ def test_a_fault_ends_the_launch_before_anything_is_stored_and_without_it_the_sa
     assert (out / "run.json").read_bytes() == before, "a launch that asks for none leaves it"
     failed = run(command(0, *inputs), **planted(tmp_path, WITHOUT_LORA))
     assert failed.returncode == 1 and not checks(out)["passed"], "an earlier one would say that all is well"
-    assert merge(out).returncode == 0 and '<p class="warning">Failed: 3 rows' in (out / "report.html").read_text()
+    merged = merge(out)
+    assert merged.returncode == 0 and '<p class="warning">Failed: 3 rows' in (out / "report.html").read_text()
+    lines = merged.stdout.splitlines()
+    (place,) = [index for index, line in enumerate(lines) if line.startswith("rows: 31; ")]
+    assert lines[place + 1] == f"warning: the last self-check has failed: {checks(out)['fault']}"
     afterwards = run(command(0, *inputs))
     assert afterwards.returncode == 0 and "3 of 3 answers equal" in afterwards.stdout
+    assert "warning" not in merge(out).stdout
     assert checks(out)["passed"] and len(list((out / "shards").iterdir())) == 1, "nothing else was done"
 
 

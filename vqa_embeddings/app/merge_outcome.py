@@ -13,6 +13,7 @@ from vqa_embeddings.base.commands import with_names
 from vqa_embeddings.store.coverage import Coverage
 from vqa_embeddings.store.run import COVERAGE_FILE, Run
 from vqa_embeddings.store.segments import Corrupt
+from vqa_embeddings.store.self_check import read_self_check
 
 COMPLETE, INCOMPLETE, SOME_FAILED = 0, 3, 4  # exit statuses
 
@@ -47,6 +48,9 @@ class Outcome:
         )
         yield from self.shards
         yield f"rows: {self.run.rows}; extracted: {extracted}; failed: {failed}; missing: {missing}"
+        check = read_self_check(options.output_dir)
+        if check and not check.passed:
+            yield f"warning: the last self-check has failed: {check.fault}"
         if self.truncated:
             yield f"{self.truncated} of the extracted rows are on pictures that are cut off (--truncated-pictures show)"
         if not options.check:

@@ -56,7 +56,9 @@ def summarize_plan(setup: LaunchSetup, assignment: Assignment, world: World) -> 
     yield f"numbers: {dtype.value} ({dtype.reason}); attention: {attention.value} ({attention.reason})"
     if options.self_check:
         reference = setup.checkpoint.family.describe_reference(setup.checkpoint)
-        yield f"self-check: {options.self_check} rows against {reference}, before the first row is committed"
+        several = "before rank 0 commits its first row; other ranks do not wait"
+        before = several if world.size > 1 else "before the first row is committed"
+        yield f"self-check: {options.self_check} rows against {reference}, {before}"
     shortage = find_shortage(free, to_write, parts)
     if shortage:
         yield f"warning: little room in {options.output_dir}: {shortage}; make room"

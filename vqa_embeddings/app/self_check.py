@@ -8,6 +8,7 @@ which mostly share a picture: so batches, shared prefixes and captured graphs ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
@@ -19,7 +20,7 @@ from vqa_embeddings.app.extract import extract
 from vqa_embeddings.app.launch import LaunchSetup
 from vqa_embeddings.data.decode_options import DecodeOptions
 from vqa_embeddings.data.decode_pool import DecodePool
-from vqa_embeddings.errors import InputError, QuestionEmpty, RowError, SelfCheckError, one_line
+from vqa_embeddings.errors import InputError, QuestionEmpty, RowError, SelfCheckError, StorageError, one_line
 from vqa_embeddings.layers.device import is_out_of_memory, release_memory
 from vqa_embeddings.models.base import Reference, ReferenceRow, VisionLanguageModel
 from vqa_embeddings.records import Extracted, Failed
@@ -38,6 +39,9 @@ FLOAT32_ERROR = 1e-4  # the project's promise for a row; 1e-6 to 4e-6 are measur
 # sums are 0.9999 and 0.05. The error is bounded too, as a cosine sees no scale: a state before its norm, say.
 COSINES = {"bfloat16": 0.995, "float16": 0.999}
 ERRORS = {"bfloat16": 0.5, "float16": 0.1}
+# In 16 bits an answer may turn at any near tie, but hardly all of several within their first two or three tokens.
+ANSWERS = 3  # from so many on, one of them has to begin like the reference's
+BEGINNING = 8  # characters: more than the first token, which alone comes from the prompt without the cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a vector may be from the reference's, and whether answers have to be equal letter for letter."""
+    """How far a vector may be from the reference's, and whether answers have to be equal letter for letter.
+
+    Where they need not be equal, one of `ANSWERS` or more has to begin with the same `BEGINNING` characters.
+    """
 
     error: float
     cosine: float
@@ -65,10 +72,15 @@ class Tolerance:
         """Whether a vector is near enough. NaN is not."""
         return vector.error <= self.error and vector.cosine >= self.cosine
 
+    def exhausted(self, vector: VectorCheck) -> float:
+        """How much of what is allowed a vector takes: above 1 where it is too far."""
+        return max(vector.error / self.error, (1 - vector.cosine) / (1 - self.cosine))
+
     def __str__(self) -> str:
         if self.answers:
             return f"an error of {self.error:.0e} at most and equal answers"
-        return f"a cosine of {self.cosine} or more and an error of {self.error} at most"
+        near = f"a cosine of {self.cosine} or more and an error of {self.error} at most"
+        return f"{near}, and one of {ANSWERS} or more answers to begin with the same {BEGINNING} characters"
 
 
 def tolerance_of(dtype: str) -> Tolerance:
@@ -79,7 +91,9 @@ def tolerance_of(dtype: str) -> Tolerance:
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> Difference:
-    """How far a vector is from what it should be, both float `[size]`."""
+    """How far a vector is from what it should be, both float `[size]`; as far as can be where one is not finite."""
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return Difference(np.inf, -1.0)
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     rest = np.argsort(np.abs(expected), kind="stable")[: len(expected) - min(LARGEST, len(expected) // 8)]
     pairs = ((found, expected), (found[rest], expected[rest]))
@@ -146,7 +160,7 @@ def choose_rows(rows: Sequence[int], wanted: int, take: Callable[[int], T | None
 def judge(
     setup: LaunchSetup, reference: str, expected: Mapping[int, ReferenceRow], records: Mapping[int, Extracted | Failed]
 ) -> SelfCheck:
-    """What the comparison comes to.
+    """Compare what was extracted with what the reference gives, and say whether they are near enough.
 
     Args:
         reference: what the expected values are from.
@@ -160,18 +174,29 @@ def judge(
         [one.vectors for one in extracted.values()], [expected[row].vectors for row in extracted], setup.run.layers
     )
     others = [row for row, one in extracted.items() if one.answer != expected[row].answer]
+    lost = [row for row in expected if row not in records]
+    compared = {path_of(vector.name, vector.layer) for vector in vectors}
+    left_out = [column.path for column in setup.run.vectors if column.path not in compared]
+    begin_alike = [row for row, one in extracted.items() if _begin_alike(one.answer, expected[row].answer)]
     fault = ""
     if failed:
         one = failed[0]
         fault = f"row {ids[one.row]!r} fails here and not there ({one.error}: {one.message})"
+    elif lost:
+        fault = f"row {ids[lost[0]]!r} is neither extracted nor failed here"
+    elif left_out:
+        fault = f"{left_out[0]} is stored and was not compared"
     elif beyond := [vector for vector in vectors if not tolerance.accepts(vector)]:
-        worst = beyond[0] if tolerance.answers else min(beyond, key=lambda vector: vector.cosine)
+        worst = max(beyond, key=tolerance.exhausted)
         by = f"by {worst.error:.1e} of its largest value, cosine {worst.cosine:.6f}"
         fault = f"{worst} differs from it {by}; expected {tolerance}"
-    elif others and tolerance.answers:
+    elif others:
         given, wanted = extracted[others[0]].answer, expected[others[0]].answer
-        shown = f"{_shortened(given)} and not {_shortened(wanted)}"
-        fault = f"the answer to row {ids[others[0]]!r} is {shown}; expected {tolerance}"
+        shown = f"the answer to row {ids[others[0]]!r} is {_shortened(given)} and not {_shortened(wanted)}"
+        if tolerance.answers:
+            fault = f"{shown}; expected {tolerance}"
+        elif len(extracted) >= ANSWERS and not begin_alike:
+            fault = f"none of {len(extracted)} answers begins like the reference's: {shown}; expected {tolerance}"
     return SelfCheck(
         reference=reference,
         dtype=setup.dtype.value,
@@ -184,6 +209,10 @@ def judge(
         fault=fault,
         checked_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _begin_alike(answer: str, wanted: str) -> bool:
+    return answer[:BEGINNING] == wanted[:BEGINNING]
 
 
 def _shortened(answer: str, longest: int = 60) -> str:
@@ -218,7 +247,7 @@ class SelfChecker:
         """Extract the rows with the model, all in one batch, and compare.
 
         Raises:
-            SelfCheckError: they differ by more than the number format explains. A run that is there says so then.
+            SelfCheckError: they differ by more than the number format explains; the run that is there, if any, says so.
         """
         setup = self._setup
         rows = sorted(self._expected, key=lambda row: (setup.table.images[row], row))
@@ -237,10 +266,11 @@ class SelfChecker:
         check = judge(setup, self._reference, self._expected, records)
         if check.passed:
             return check
-        record_self_check(setup.options.output_dir, check)  # an earlier one must not go on saying that all is well
+        with suppress(StorageError, InputError):  # what was found matters more than that it cannot be recorded
+            record_self_check(setup.options.output_dir, check)  # an earlier one must not go on saying that all is well
         raise SelfCheckError(
             f"the self-check against {self._reference} has failed: {check.fault}; this rank has committed nothing, "
-            "and its vectors are not to be trusted: see whether --attn-implementation eager or --batch-size 1 pass, "
+            "and its vectors are not to be trusted: see whether --attn-implementation eager or --batch-size 1 passes, "
             "download the checkpoint again, and report it with the plan's lines"
         )
 

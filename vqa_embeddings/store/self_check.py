@@ -3,12 +3,15 @@
     "self_check": {"reference", "dtype", "device", "rows", "vectors": [{"name", "layer", "error", "cosine"}],
                    "answers_equal", "allowed", "passed", "fault", "checked_at"}
 
-Launches that ask for none leave it as it is; another check replaces it. Runs of earlier versions have none.
+Launches that ask for none leave it as it is; another check replaces it, except for one that failed on another device.
+Errors and cosines that are not finite are kept as text, which JSON has no numbers for. Runs of earlier versions have
+none.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -38,7 +41,7 @@ class VectorCheck:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What came of extracting some rows, and holding them against another implementation of the model."""
+    """Some rows of a run, compared with what another implementation of the model gives."""
 
     reference: str  # what that was, as the family describes it
     dtype: str
@@ -64,7 +67,10 @@ class SelfCheck:
 
 
 def record_self_check(folder: Path, check: SelfCheck) -> bool:
-    """Write it into the run that `folder` holds, in place of an earlier one. Returns whether there is a run.
+    """Write it into the run that `folder` holds, in place of an earlier one. Returns whether it was written.
+
+    It is not where there is no run, and where an earlier check has failed on another device (by its description): that
+    one stays until a check on the same device takes its place, as rows of that device may be in the run.
 
     Raises:
         InputError: `run.json` is not that of a run.
@@ -74,8 +80,12 @@ def record_self_check(folder: Path, check: SelfCheck) -> bool:
     if not path.exists():
         return False
     read_run(folder)  # which refuses what is none
+    earlier = read_self_check(folder)
+    if earlier and not earlier.passed and earlier.device != check.device:
+        return False
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    publish_json(path, {**values, FIELD: asdict(check)})
+    vectors = [{**asdict(one), "error": _for_json(one.error), "cosine": _for_json(one.cosine)} for one in check.vectors]
+    publish_json(path, {**values, FIELD: {**asdict(check), "vectors": vectors}})
     return True
 
 
@@ -83,7 +93,37 @@ def read_self_check(folder: Path) -> SelfCheck | None:
     """The last one of the run in `folder`; None where there is none, or nothing that can be read."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
         values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))[FIELD]
-        vectors = [VectorCheck(**vector) for vector in values["vectors"]]
+        vectors = [
+            VectorCheck(**{**one, "error": _from_json(one["error"]), "cosine": _from_json(one["cosine"])})
+            for one in values["vectors"]
+        ]
         check = SelfCheck(**{**values, "vectors": vectors})
-        return check if str(check) else None  # which needs numbers where there should be some
+        return check if _is_well_formed(check) else None
     return None
+
+
+def _for_json(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
+
+
+def _from_json(value: Any) -> float:
+    """The number that `_for_json` has written.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in ("inf", "-inf", "nan")):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _is_well_formed(check: SelfCheck) -> bool:
+    texts = [check.reference, check.dtype, check.device, check.allowed, check.fault, check.checked_at]
+    texts += [vector.name for vector in check.vectors]
+    layers = [vector.layer for vector in check.vectors if vector.layer is not None]
+    return (
+        isinstance(check.rows, list)
+        and all(isinstance(text, str) for text in [*texts, *check.rows])
+        and all(type(count) is int for count in [*layers, check.answers_equal])
+        and isinstance(check.passed, bool)
+    )

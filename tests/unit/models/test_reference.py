@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,3 +87,15 @@ def test_weights_that_hold_the_adapter_are_taken_as_they_are(checkpoint):
     plain, adapted = (ask(load(checkpoint, lora), ROWS[0], tokens=1) for lora in ("none", "merged"))
     assert strict_error(plain.vectors[QUERY_TOKEN][0], adapted.vectors[QUERY_TOKEN][0]) > 0.1
     assert np.array_equal(plain.vectors[VISION_ONLY], adapted.vectors[VISION_ONLY])
+
+
+@pytest.mark.parametrize("layer", [0, -3, 3])
+def test_a_config_that_reads_pictures_before_or_beyond_the_vision_layers_is_refused(tmp_path, layer):
+    make_checkpoint(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    count = config["vision_config"]["num_hidden_layers"]
+    config["vision_config"]["feature_layer"] = {0: 0, -3: -count - 1, 3: count + 1}[layer]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"at feature_layer -?\d+ of vision_config, which is the output of none of"):
+        load(tmp_path / "model")

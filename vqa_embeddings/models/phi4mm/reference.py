@@ -72,6 +72,7 @@ class LibraryReference:
         try:
             self._processor = _load_processor(checkpoint)
             self._model = _load_model(checkpoint, self._processor.tokenizer, device, dtype)
+            self._vision = _find_vision_layer(self._model, checkpoint)
             if checkpoint.lora != "none":
                 assert checkpoint.adapter is not None
                 _load_adapter(self._model, checkpoint, checkpoint.adapter)
@@ -148,9 +149,7 @@ class LibraryReference:
     def _seeing(self, layers: Sequence[int]) -> Iterator[dict[Any, Tensor]]:
         """A block in which the outputs of modules are seen: of decoder layers, and of the vision layer that is read."""
         decoder = self._model.model
-        tower = decoder.embed_tokens_extend.image_embed.img_processor
-        read: int = self._model.config.vision_config.feature_layer  # of its hidden states, the first before any layer
-        modules: dict[Any, Any] = {VISION: tower.encoder.layers[read - 1 if read > 0 else read]}
+        modules: dict[Any, Any] = {VISION: self._vision}
         last = len(decoder.layers) - 1
         modules |= {layer: decoder.norm if layer == last else decoder.layers[layer] for layer in layers}
         seen: dict[Any, Tensor] = {}
@@ -260,6 +259,22 @@ def _load_model(checkpoint: Phi4Checkpoint, tokenizer: Any, device: str, dtype: 
         raise InputError(f"{checkpoint.folder} has no {lacking[0]} that fits the library; download it again")
     model.model.embed_tokens_extend.audio_embed = None  # no picture reaches it
     return model
+
+
+def _find_vision_layer(model: Any, checkpoint: Phi4Checkpoint) -> Any:
+    """The layer of the vision tower whose output is read.
+
+    Raises:
+        InputError: the config names what goes into the first layer, or nothing.
+    """
+    layers = model.model.embed_tokens_extend.image_embed.img_processor.encoder.layers
+    read: int = model.config.vision_config.feature_layer  # of the hidden states, the first of which precede all layers
+    if read == 0 or not -len(layers) <= read <= len(layers):
+        raise InputError(
+            f"{checkpoint.folder} reads its pictures at feature_layer {read} of vision_config, which is the output of "
+            f"none of its {len(layers)} vision layers; a self-check needs one: leave out --self-check"
+        )
+    return layers[read - 1 if read > 0 else read]
 
 
 def _load_adapter(model: Any, checkpoint: Phi4Checkpoint, adapter: Adapter) -> None:
