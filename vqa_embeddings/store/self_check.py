@@ -69,8 +69,8 @@ class SelfCheck:
 def record_self_check(folder: Path, check: SelfCheck) -> bool:
     """Write it into the run that `folder` holds, in place of an earlier one. Returns whether it was written.
 
-    It is not where there is no run, and where an earlier check has failed on another device (by its description): that
-    one stays until a check on the same device takes its place, as rows of that device may be in the run.
+    It is not where there is no run. One that has passed does not replace one that has failed on another device (by its
+    description), as rows of that device may be in the run.
 
     Raises:
         InputError: `run.json` is not that of a run.
@@ -81,7 +81,7 @@ def record_self_check(folder: Path, check: SelfCheck) -> bool:
         return False
     read_run(folder)  # which refuses what is none
     earlier = read_self_check(folder)
-    if earlier and not earlier.passed and earlier.device != check.device:
+    if check.passed and earlier and not earlier.passed and earlier.device != check.device:
         return False
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     vectors = [{**asdict(one), "error": _for_json(one.error), "cosine": _for_json(one.cosine)} for one in check.vectors]

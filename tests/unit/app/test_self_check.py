@@ -165,7 +165,7 @@ def test_in_bfloat16_rounding_passes_and_faults_do_not(checkpoint, tmp_path, mon
         model = load(setup)
     else:
         plant(model := load(setup), monkeypatch)
-    found = r"differs from it by .*, cosine 0\.\d+"
+    found = r"differs from it by .*, cosine -?0\.\d+"
     if plant is with_another_answer:
         found = r"none of 3 answers begins like the reference's: the answer to row '\w+' is '\d+ words' and not '.*'"
     with pytest.raises(SelfCheckError, match=f"{found}; expected a cosine of 0\\.995"):
@@ -369,6 +369,9 @@ def test_a_failure_stays_until_a_check_on_the_same_device(checker, tmp_path):
     assert not record_self_check(tmp_path, replace(passed, device="H100"))
     assert read_self_check(tmp_path) == CHECK
     assert record_self_check(tmp_path, passed) and read_self_check(tmp_path) == passed
+    elsewhere = replace(CHECK, device="H100")
+    assert all(record_self_check(tmp_path, one) for one in (CHECK, elsewhere)), "a failure was not recorded"
+    assert not record_self_check(tmp_path, passed) and read_self_check(tmp_path) == elsewhere
 
 
 @pytest.mark.parametrize(
