@@ -200,7 +200,8 @@ def test_an_error_in_one_rank_ends_all_ranks_of_a_merge(out, mpirun):
     segment.with_name(segment.name + ".sha256").write_text(f"{sha256(segment)}  {segment.name}\n")
     failed = mpirun.run(3, *MERGE, out, "--part-size", PART_SIZE)
     assert failed.returncode == 1
-    assert "error: rank 0: row 1 has vectors of shapes (5,), (3, 8), (3, 8)" in failed.stderr
+    assert f"error: rank 0: {segment} cannot be read, though its checksum holds (vision_only" in failed.stderr
+    assert "vision_only_representation has vectors of the shape (5,), expected (6,)" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
