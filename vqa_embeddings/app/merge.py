@@ -117,12 +117,13 @@ def _write_parts(options: MergeOptions, findings: Findings, workers: ProcessPool
     parts = _parts_now(options, catalog, coverage, findings.plans)
     entries = [describe_part(part, hashes.get(part.path.name)) for part in parts]
     truncated, failures = int(catalog.truncated(coverage).sum()), catalog.failures(coverage.failed)
-    devices = sum_up_devices(read_heartbeats(folder))
+    heartbeats = read_heartbeats(folder)
+    devices = sum_up_devices(heartbeats)
     summary = write_record(folder, coverage, truncated, catalog.corrupt, entries, failures, devices)
     withdraw([part.path for part in parts], entries)
     recorded = {entry["file"]: entry["sha256"] for entry in entries}
     read = VerifiedReader(catalog, coverage, parts, recorded, set(verified))
-    write_report(folder, catalog, coverage, failures, summary, read)
+    write_report(folder, catalog, coverage, failures, summary, heartbeats, read)
     return Outcome(catalog.run, coverage, entries, catalog.corrupt, len(written), 0, truncated), parts
 
 

@@ -28,7 +28,7 @@ from vqa_embeddings.report.thumbnails import make_thumbnails
 from vqa_embeddings.schema import find, short_name
 from vqa_embeddings.store.catalog import Catalog
 from vqa_embeddings.store.coverage import Coverage
-from vqa_embeddings.store.heartbeat import Heartbeat, read_heartbeats
+from vqa_embeddings.store.heartbeat import Heartbeat
 from vqa_embeddings.store.run import Run
 from vqa_embeddings.store.self_check import SelfCheck, read_self_check
 
@@ -53,6 +53,7 @@ def write_report(
     coverage: Coverage,
     failures: Mapping[int, Failed],
     summary: Mapping[str, Any],
+    heartbeats: Sequence[Heartbeat],
     read: Callable[[np.ndarray], RowValues],
 ) -> None:
     """Write the report, unless the one that is there was made from the same.
@@ -60,11 +61,11 @@ def write_report(
     Args:
         failures: why rows failed, by row.
         summary: the contents of `coverage.json`.
+        heartbeats: what the ranks of all launches have said.
         read: reads the values of rows, int64 `[m]`.
     Raises:
         StorageError: it cannot be written.
     """
-    heartbeats = read_heartbeats(folder)
     check = read_self_check(folder)
     key = _fingerprint(catalog.run, summary, heartbeats, check)
     path = folder / REPORT_FILE

@@ -185,9 +185,7 @@ class Embeddings(Mapping[str, dict[str, Any]]):
         answers: list[str] = [""] * len(self)
         for source in self._sources:
             with _open(source) as file:
-                found = source.read_answers(file, self._table.ids.__getitem__)
-            for place, answer in zip(source.into.tolist(), found, strict=True):
-                answers[place] = answer
+                source.read_answers(file, self._table.ids.__getitem__, answers)
         return answers
 
     def query_token(self, layer: int) -> np.ndarray:

@@ -56,11 +56,14 @@ class Source:
         else:
             columnar.read_matrix(file, column, self.places, matrix, self.into, scratch)
 
-    def read_answers(self, file: h5py.File, ids: Callable[[int], str]) -> list[str]:
-        """The answers of the rows from the open file; `ids` as for `read_matrix`."""
+    def read_answers(self, file: h5py.File, ids: Callable[[int], str], answers: list[str]) -> None:
+        """Read the answers of the rows from the open file into a list of `n`; `ids` as for `read_matrix`."""
         if self.grouped:
-            return grouped.read_answers(file, [ids(row) for row in self.rows.tolist()])
-        return columnar.read_answers(file, self.places)
+            found = grouped.read_answers(file, [ids(row) for row in self.rows.tolist()])
+        else:
+            found = columnar.read_answers(file, self.places)
+        for place, answer in zip(self.into.tolist(), found, strict=True):
+            answers[place] = answer
 
     def read_truncated(self, file: h5py.File, ids: Callable[[int], str]) -> np.ndarray:
         """bool `[m]`, the pictures of the rows are cut off; `ids` as for `read_matrix`."""
@@ -145,8 +148,7 @@ def read_values(
             for column in columns:
                 source.read_matrix(file, column, ids, matrices[column.path], scratch)
             truncated[source.into] = source.read_truncated(file, ids)
-            for place, answer in zip(source.into.tolist(), source.read_answers(file, ids), strict=True):
-                answers[place] = answer
+            source.read_answers(file, ids, answers)
     return RowValues(rows, matrices, answers, truncated)
 
 
